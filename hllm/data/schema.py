@@ -1,0 +1,108 @@
+"""The three shapes that data ever takes: Interactions and Catalog on the way in, Batch on the way out.
+
+Item id 0 is padding everywhere; real items are 1..I, in the order of the catalogue's rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array32 = npt.NDArray[np.int32]
+Array64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Every user's history, end to end, as CSR arrays sorted by (user, time, file order).
+
+    Events of one user with equal timestamps keep the order of the raw file (stable sort), so that the held-out item
+    does not depend on the machine.
+
+    Args:
+        items: (E,) int32 item ids in 1..I.
+        timestamps: (E,) int64 seconds since 1970.
+        offsets: (U + 1,) int64; user u's events are ``offsets[u]:offsets[u + 1]``.
+        users: (U,) the users' original ids, ascending.
+    """
+
+    items: Array32
+    timestamps: Array64
+    offsets: Array64
+    users: npt.NDArray[np.str_]
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the events in order: two data sets with the same digest give the same splits."""
+        digest = hashlib.sha256()
+        for array in (self.items, self.timestamps, self.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One row an item; row r is item id r + 1.
+
+    Args:
+        ids: original item ids, unique.
+        fields: text fields by name, each with one value a row; an empty string is a missing value.
+    """
+
+    ids: Sequence[str]
+    fields: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def titles(self) -> list[str]:
+        """What to show a person for each item: its title, or its id where there is none."""
+        titles = self.fields.get("title", [""] * len(self))
+        return [title or item for title, item in zip(titles, self.ids, strict=True)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Histories as rows of one length: real events first, padding (id 0) behind them.
+
+    Padding stands on the right so that a causal model cannot see it: no event attends to anything after itself.
+    B rows, L = longest history of the batch, S (row, item) pairs.
+
+    Args:
+        users: (B,) int64 user numbers, for per-user output.
+        items: (B, L) int64 history.
+        timestamps: (B, L) int64 seconds; 0 at padding.
+        targets: (B, L) int64 the item that followed each event; 0 where nothing is to be predicted.
+        mask: (B, L) bool, true at real events.
+        seen: (2, S) int64 pairs of batch row and item id to leave out of the ranking: the user's whole history, also
+            the part older than L. Empty in training.
+    """
+
+    users: Tensor
+    items: Tensor
+    timestamps: Tensor
+    targets: Tensor
+    mask: Tensor
+    seen: Tensor
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """A copy on a device; Lightning calls this."""
+        return type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    def pin_memory(self) -> Self:
+        return type(self)(*(getattr(self, f.name).pin_memory() for f in fields(self)))
