@@ -127,6 +127,8 @@ class WheelConfig:
     "The folder inside the wheel that holds the files."
     files: list[str] = field(default_factory=list)
     "The files taken out of that folder; empty takes every file below it."
+    megabytes: int = 0
+    "Size of the download, for the log."
 
 
 @dataclass

@@ -1,0 +1,106 @@
+"""Checked config -> datamodule, module, callbacks, trainer: the one place that knows which config makes which class."""
+
+from pathlib import Path
+
+import lightning as L
+from hydra.utils import get_class
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from hllm.config import CachedItemsConfig, Config, IdItemsConfig, to_plain
+from hllm.data.base import SequenceDataModule
+from hllm.errors import ConfigError
+from hllm.head import SimilarityHead
+from hllm.items.cache import ItemEmbeddingCache
+from hllm.items.tower import CachedItems, IdItems, ItemTower
+from hllm.module import Recommender
+
+
+def cache_dir(config: Config) -> Path:
+    return Path(config.cache_dir).expanduser()
+
+
+def build_datamodule(config: Config) -> SequenceDataModule:
+    """The data set, read and ready: fetches what is missing."""
+    datamodule: SequenceDataModule = get_class(config.dataset._target_)(config.dataset, cache_dir(config))
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+def build_module(config: Config, datamodule: SequenceDataModule) -> Recommender:
+    """The model, with fresh weights. Cached item vectors are attached later, by ``ItemEmbeddingCache``."""
+    return Recommender(
+        items=_build_items(config, datamodule.num_items),
+        users=get_class(config.user._target_)(config.user, config.dataset.max_history),
+        head=SimilarityHead(config.head),
+        loss=get_class(config.loss._target_)(config.loss),
+        optimizer=config.optimizer,
+        evaluation=config.evaluation,
+        train_counts=datamodule.train_counts,
+        data_identity={
+            "dataset": config.dataset.name,
+            "protocol": config.dataset.protocol.name,
+            "interactions": datamodule.interactions.fingerprint(),
+        },
+        hyperparameters=to_plain(config),
+    )
+
+
+def _build_items(config: Config, num_items: int) -> ItemTower:
+    if isinstance(config.items, CachedItemsConfig):
+        return CachedItems(config.items, config.user.dim)
+    if isinstance(config.items, IdItemsConfig):
+        return IdItems(config.items, num_items, config.user.dim)
+    raise ConfigError(f"items={config.items.name}: no such item tower; choose cached or id")
+
+
+def item_callbacks(config: Config) -> list[Callback]:
+    """What an item tower needs done before weights are restored or optimizers exist."""
+    if isinstance(config.items, CachedItemsConfig):
+        return [ItemEmbeddingCache(config.dataset.text, config.llm, cache_dir(config))]
+    return []
+
+
+def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:
+    """best.ckpt by the monitored metric, and last.ckpt to resume from."""
+    return ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="best",
+        monitor=config.callbacks.monitor,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> L.Trainer:
+    """A trainer with early stopping and what the item tower needs.
+
+    Args:
+        callbacks: further ones, such as the checkpoint.
+    """
+    stopping = EarlyStopping(config.callbacks.monitor, mode="max", patience=config.callbacks.patience, check_finite=True)
+    c = config.trainer
+    return L.Trainer(
+        default_root_dir=run_dir,
+        max_epochs=c.max_epochs,
+        accelerator=c.accelerator,
+        devices=c.devices,
+        precision=c.precision,  # type: ignore[arg-type]  # checked against the schema's list
+        gradient_clip_val=c.gradient_clip_val,
+        accumulate_grad_batches=c.accumulate_grad_batches,
+        limit_train_batches=c.limit_train_batches,
+        limit_val_batches=c.limit_val_batches,
+        limit_test_batches=c.limit_test_batches,
+        overfit_batches=c.overfit_batches,
+        log_every_n_steps=c.log_every_n_steps,
+        enable_progress_bar=c.enable_progress_bar,
+        enable_model_summary=False,
+        profiler=c.profiler,
+        detect_anomaly=c.detect_anomaly,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the datamodule brings samplers that count each user once
+        logger=loggers,
+        callbacks=[*item_callbacks(config), stopping, *callbacks],
+    )

@@ -1,0 +1,75 @@
+"""What the entry points share: errors as one line, and ``key=value`` arguments that take any text."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hllm.errors import ConfigError, HllmError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def report_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Print an error that a person can mend as one line and exit with status 1; others keep their traceback.
+
+    In a multirun it is raised on, so that Hydra marks the job as failed and goes on with the others.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except HllmError as error:
+            if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    return wrapper
+
+
+def quiet_libraries() -> None:
+    """Mute what Lightning says on every run and nobody acts on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # one batch gather takes less than a millisecond: loader workers would only cost memory
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+
+
+def parse(schema: type[T], arguments: Sequence[str], usage: str) -> T:
+    """``key=value`` arguments as a dataclass; a value is taken as it stands.
+
+    Hydra's own grammar would read the commas, colons, brackets and equals signs of titles and paths.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a required key left out; the message ends with the usage.
+        SystemExit: after printing the usage, for ``--help``.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage)
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument!r} is not of the form key=value\n{usage}")
+        values[key.lstrip("-")] = value
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}\n{usage}") from error
+    if missing := sorted(str(key) for key in OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{missing[0]}= is missing\n{usage}")
+    return cast(T, OmegaConf.to_object(config))

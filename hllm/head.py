@@ -1,0 +1,48 @@
+"""Similarity over a temperature: how a user vector scores item vectors (HLLM, arXiv 2409.12740, section 3.2).
+
+N user vectors, M item vectors, D width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hllm.config import HeadConfig, Similarity
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class SimilarityHead(nn.Module):
+    """Dot product or cosine, times a scale of 1 / temperature.
+
+    A learned scale is kept as its logarithm and clamped to [0, ln 100] where it is used, as CLIP and the official
+    HLLM do. The clamp is part of the graph: outside the range the scale gets no gradient, so it cannot drift off.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.cosine = config.similarity is Similarity.cosine
+        log_scale = torch.tensor(-math.log(config.temperature))
+        self.learned = config.learned
+        if config.learned:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale, persistent=False)
+
+    def scale(self) -> Tensor:
+        """() the factor on the similarity."""
+        return (self.log_scale.clamp(0, MAX_LOG_SCALE) if self.learned else self.log_scale).exp()
+
+    def prepare(self, vectors: Tensor) -> Tensor:
+        """(..., D) -> (..., D) as the inner product needs them: of unit length for cosine; zero vectors stay zero."""
+        return F.normalize(vectors, dim=-1, eps=1e-6) if self.cosine else vectors
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        """Every user with every item: (N, D), (M, D) -> (N, M)."""
+        return (self.prepare(users) * self.scale()) @ self.prepare(items).T
+
+    def pairwise(self, users: Tensor, items: Tensor) -> Tensor:
+        """Each user with its own item: (N, D), (N, D) -> (N,)."""
+        return (self.prepare(users) * self.prepare(items)).sum(-1) * self.scale()

@@ -1,0 +1,135 @@
+"""Item ids -> item vectors, with one face for every kind of item tower.
+
+A tower is asked for unique ids only and what it returns is gathered, so an item is encoded once a step however often
+it occurs. n ids, I catalogue items, E width of the Item LLM, D width of the user model.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
+from hllm.items.store import ItemTable
+
+
+class ItemTower(nn.Module, ABC):
+    """What the rest of the system knows of items."""
+
+    num_items: int
+    fingerprint: str
+    "What the vectors are made from; a checkpoint is good for one fingerprint only."
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> Tensor:
+        """(n,) unique item ids in 1..I -> (n, D)."""
+
+    def all(self) -> Tensor:
+        """(I, D) the whole catalogue; row r is item r + 1."""
+        vectors: Tensor = self(torch.arange(1, self.num_items + 1, device=next(self.parameters()).device))
+        return vectors
+
+
+class IdItems(ItemTower):
+    """A learned vector an item. It knows nothing of items that were not in training."""
+
+    def __init__(self, config: IdItemsConfig, num_items: int, dim: int) -> None:
+        super().__init__()
+        self.num_items, self.fingerprint = num_items, "id"
+        self.table = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        vectors: Tensor = self.dropout(self.table(ids))
+        return vectors
+
+
+class CachedItems(ItemTower):
+    """Frozen Item LLM vectors, moved and scaled as fitted on the training catalogue, then a trained adaptor.
+
+    The vectors come through ``attach`` and stay out of the checkpoint; what was fitted on them goes into it, so that
+    a table with new items is mapped as the old one was.
+    """
+
+    vectors: Tensor
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, config: CachedItemsConfig, dim: int) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        self.table: ItemTable | None = None
+        self.statistics: dict[str, float] = {}
+        "Mean cosine between items as embedded, and after the transform."
+        self.register_load_state_dict_post_hook(lambda module, _: module._transform())
+
+    def attach(self, table: ItemTable) -> None:
+        """Take the vectors of a catalogue: (I, E). The first table fits the transform and sizes the adaptor.
+
+        A later table, of the same catalogue with new items say, replaces the vectors only.
+        """
+        first = self.table is None
+        self.table, self.num_items, self.fingerprint = table, len(table.ids), table.fingerprint
+        if first:
+            self._create(table.vectors.float())
+        self._transform()
+
+    def _create(self, vectors: Tensor) -> None:
+        width = vectors.shape[1]
+        if self.config.adaptor is Adaptor.linear:
+            self.adaptor: nn.Module = nn.Sequential(nn.Dropout(self.config.dropout), nn.Linear(width, self.dim))
+        else:
+            hidden = self.config.hidden_dim
+            self.adaptor = nn.Sequential(
+                nn.Linear(width, hidden), nn.GELU(), nn.Dropout(self.config.dropout), nn.Linear(hidden, self.dim)
+            )
+        mean, whitening = fit_transform(vectors, self.config.transform, self.config.whiten_epsilon)
+        self.register_buffer("mean", mean)
+        self.register_buffer("whitening", whitening)
+        self.register_buffer("vectors", vectors, persistent=False)
+
+    def _transform(self) -> None:
+        """Map the raw vectors by the fitted mean and matrix; also after a checkpoint brought those."""
+        assert self.table is not None, "no item vectors: attach a table before loading a checkpoint"
+        raw = self.table.vectors.to(self.mean)
+        self.vectors = (raw - self.mean) @ self.whitening
+        self.statistics = {"mean_cosine_raw": mean_cosine(raw), "mean_cosine": mean_cosine(self.vectors)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        vectors: Tensor = self.adaptor(self.vectors[ids - 1])
+        return vectors
+
+def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Fit ``x -> (x - mean) @ matrix`` on a catalogue.
+
+    none: scaled to a mean square of 1 a dimension, so that the adaptor's input has one scale whatever the LLM.
+    center: the mean taken off first. Vectors of an untuned LLM nearly all point one way; what tells items apart is
+    what remains. whiten: the ZCA map to uncorrelated dimensions of equal variance.
+
+    Args:
+        vectors: (I, E) float32.
+        epsilon: added to each variance of ``whiten``, as a share of the mean variance.
+
+    Returns:
+        (E,) mean and (E, E) matrix, float32.
+    """
+    x = vectors.double()
+    width = x.shape[1]
+    mean = torch.zeros(width, dtype=x.dtype) if kind is Transform.none else x.mean(0)
+    x = x - mean
+    if kind is Transform.whiten:
+        variances, directions = torch.linalg.eigh(x.T @ x / len(x))
+        variances = variances.clamp(min=0) + epsilon * variances.mean()
+        matrix = directions @ torch.diag(variances.clamp(min=1e-12).rsqrt()) @ directions.T
+    else:
+        matrix = torch.eye(width, dtype=x.dtype) / x.square().mean().sqrt().clamp(min=1e-12)
+    return mean.float(), matrix.float()
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Mean cosine over all pairs of different rows: near 1, items hardly differ; (I, E) -> a number."""
+    total = F.normalize(vectors.double(), dim=1).sum(0).square().sum()
+    count = len(vectors)
+    return ((total - count) / max(count * (count - 1), 1)).item()

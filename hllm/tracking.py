@@ -1,0 +1,126 @@
+"""What a run leaves behind: names and tags for dashboards, loggers, and the files of the run folder."""
+
+import json
+import logging
+import netrc
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import OmegaConf
+
+from hllm.config import Config, WandbMode, to_plain
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("hllm", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "polars", "numpy")
+
+
+def run_name(config: Config) -> str:
+    """Dataset, system, loss, layers and seed: enough to tell two runs of a sweep apart."""
+    return (
+        f"{config.dataset.name}-{config.system}-{config.loss.name}-{config.user.num_layers}layers-seed{config.seed}"
+    )
+
+
+def run_tags(config: Config) -> list[str]:
+    """What dashboards group and filter by."""
+    tags = [
+        f"dataset:{config.dataset.name}",
+        f"system:{config.system}",
+        f"loss:{config.loss.name}",
+        f"layers:{config.user.num_layers}",
+    ]
+    if config.system.startswith("hllm"):
+        tags.append(f"llm:{config.llm.name}")
+    if config.experiment_name:
+        tags.append(f"experiment:{config.experiment_name}")
+    return tags
+
+
+def wandb_offline(mode: WandbMode) -> bool:
+    """Whether to log offline: as told, else unless a wandb key is at hand. Looks at files only, never at a network."""
+    if mode is not WandbMode.auto:
+        return mode is WandbMode.offline
+    if (chosen := os.environ.get("WANDB_MODE")) is not None:
+        return chosen != "online"
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return True
+    return not any("wandb" in host for host in logins.hosts)
+
+
+def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
+    """metrics.csv in the run folder always, and wandb unless disabled."""
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if config.logger.wandb is not WandbMode.disabled:
+        loggers.append(_wandb_logger(config, run_dir))
+    return loggers
+
+
+def _wandb_logger(config: Config, run_dir: Path) -> Logger:
+    import wandb  # half a second, and only runs that log to it need it
+    from lightning.pytorch.loggers import WandbLogger
+
+    def start(offline: bool) -> Logger:
+        return WandbLogger(
+            project=config.logger.project,
+            name=run_name(config),
+            group=config.logger.group or f"{config.dataset.name}-{config.system}",
+            tags=run_tags(config),
+            save_dir=run_dir,
+            offline=offline,
+            config=to_plain(config),
+            settings=wandb.Settings(silent=True, init_timeout=20),
+        )
+
+    logger = start(wandb_offline(config.logger.wandb))
+    try:
+        logger.experiment  # noqa: B018  # connects
+    except Exception as error:  # wandb raises many kinds; losing a run to its tracker would be worse
+        log.warning("wandb cannot be reached (%s): logging offline; `wandb sync` uploads the run later", error)
+        wandb.teardown()
+        logger = start(offline=True)
+    return logger
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with '-dirty' for uncommitted changes; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, so that a number can be traced."""
+    return {
+        "git": git_revision(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write_run_info(config: Config, run_dir: Path) -> None:
+    """config.yaml, resolved, and environment.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+    write_json(run_dir / "environment.json", environment())
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+

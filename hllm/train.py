@@ -1,0 +1,89 @@
+"""python -m hllm.train: compose -> check -> build -> fit -> test, with Hydra overrides.
+
+``train`` returns the metric that a sweep optimises, so that any Hydra sweeper can drive it.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer
+from hllm.cli import quiet_libraries, report_errors
+from hllm.config import CONF_DIR, Config, check
+from hllm.errors import HllmError
+from hllm.evaluate import Evaluation, evaluate, load_checkpoint
+from hllm.items.tower import CachedItems
+from hllm.report import full_report
+from hllm.tracking import build_loggers, write_json, write_run_info
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, run_dir: Path) -> Evaluation:
+    """Train, then evaluate the best checkpoint; everything is left in the run folder.
+
+    Args:
+        config: checked.
+        run_dir: gets config.yaml, environment.json, metrics.csv, metrics.json, report.md and checkpoints/.
+    """
+    quiet_libraries()
+    started = time.perf_counter()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    write_run_info(config, run_dir)
+    datamodule = build_datamodule(config)
+    module = build_module(config, datamodule)
+    if config.ckpt is not None:
+        _check_resumable(Path(config.ckpt), module.hparams["config"])
+    checkpoint = build_checkpoint(config, run_dir)
+    trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), [checkpoint])
+    trainer.fit(module, datamodule, ckpt_path=config.ckpt, weights_only=True)
+    if not checkpoint.best_model_path:
+        raise HllmError(f"training stopped before the first validation; nothing to evaluate in {run_dir}")
+    fitted = time.perf_counter()
+    evaluation = evaluate(trainer, module, datamodule, Path(checkpoint.best_model_path))
+    if isinstance(module.items, CachedItems):
+        for logger in trainer.loggers:
+            logger.log_metrics({f"items/{name}": value for name, value in module.items.statistics.items()})
+    seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
+    report = full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}")
+    write_json(run_dir / "metrics.json", {**evaluation.plain(), "epochs": trainer.current_epoch, "seconds": seconds})
+    (run_dir / "report.md").write_text(report + "\n")
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    print(f"\n{report}\n\nrun folder: {run_dir}")
+    return evaluation
+
+
+def _check_resumable(path: Path, now: dict[str, object]) -> None:
+    """A run resumes only under the config it began with: another one could not hold its weights or its schedule."""
+    from hllm.evaluate import differences
+
+    free = ("cache_dir", "ckpt", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
+    changed = [
+        difference
+        for difference in differences(load_checkpoint(path)["hyper_parameters"]["config"], now)
+        if not difference.startswith(free)
+    ]
+    if changed:
+        from hllm.errors import CheckpointError
+
+        raise CheckpointError(f"ckpt={path} belongs to another config: {'; '.join(changed)}")
+
+
+@report_errors
+def _run(cfg: DictConfig) -> float:
+    config = check(cfg)
+    results = train(config, Path(HydraConfig.get().runtime.output_dir)).results
+    split, name = config.optimized_metric.split("/")
+    return results[split]["all"][name]
+
+
+main = hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")(_run)
+
+if __name__ == "__main__":
+    main()
