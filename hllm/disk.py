@@ -1,4 +1,4 @@
-"""Whole files in the cache folder: locks, writes that appear at once or not at all, and one error for a disk that fails."""
+"""Whole files in the cache folder: locks, writes that appear at once or not at all, one error for a failing disk."""
 
 import contextlib
 import logging

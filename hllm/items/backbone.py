@@ -5,20 +5,16 @@ model is never run.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
 from hllm.items.baichuan import load_baichuan
 from hllm.items.files import LLMFiles
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,13 +23,13 @@ class Backbone:
 
     Args:
         name: for messages.
-        model: called with input_ids and attention_mask, gives ``last_hidden_state`` (B, T, D).
+        model: a transformers model; with input_ids and attention_mask it gives ``last_hidden_state`` (B, T, D).
         tokenizer: a transformers tokenizer.
         dim: D, the width of its hidden states.
     """
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
@@ -70,7 +66,7 @@ def choose_dtype(flag: Dtype, device: torch.device, fast_bfloat16: bool) -> torc
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run in hardware: any GPU since Ampere, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
@@ -93,6 +89,7 @@ def load_backbone(files: LLMFiles, llm: LLMConfig) -> Backbone:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LLMError(f"llm.model={files.name}: cannot be loaded from {files.folder}: {reason}") from error
+    model.config.use_cache = False  # keys and values are kept for generation only
     model = model.eval().requires_grad_(False).to(device)
     return Backbone(files.name, model, tokenizer, device, dtype, int(model.config.hidden_size))
 

@@ -1,0 +1,184 @@
+"""Item texts -> vectors: tokenise once, batch by length, pool the last hidden states.
+
+B texts in a batch, T tokens of its longest, P tokens of a shared prefix, D width of the Item LLM.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hllm.config import LLMConfig, Pooling
+from hllm.errors import ConfigError, LLMError
+from hllm.items.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+"Causal decoders whose cache of keys and values can be shared; all others take the plain path."
+MIN_PREFIX = 4
+"Shorter prefixes are not worth a forward pass of their own."
+
+
+class Encoder:
+    """The texts of a catalogue as tokens, and the model that turns any rows of them into vectors.
+
+    Longer texts than ``llm.max_tokens`` keep their first tokens, which is counted in the log. An empty text is read
+    as the tokenizer's special tokens, or as a single bos, eos or pad token, so that every item has a vector.
+
+    Args:
+        backbone: the loaded model.
+        llm: pooling, max_tokens and token_budget.
+        texts: one a catalogue row.
+        names: what to call each row in errors: the original item ids.
+        share_prefix: run the tokens that a batch's texts begin with once for all of them, where the model can.
+
+    Raises:
+        ConfigError: llm.pooling or llm.max_tokens does not fit the model.
+        LLMError: the tokenizer is not the model's.
+    """
+
+    def __init__(
+        self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str], share_prefix: bool = True
+    ) -> None:
+        _check_fit(backbone, llm)
+        self.backbone, self.llm, self.names = backbone, llm, names
+        self.tokens = tokenize(backbone.tokenizer, texts, llm.max_tokens)
+        _check_vocabulary(backbone, self.tokens)
+        family = backbone.model.config.model_type
+        self.share_prefix = share_prefix and llm.pooling is Pooling.last and family in PREFIX_FAMILIES
+
+    def order(self) -> list[int]:
+        """Rows, longest text first: too large a batch shows at once, and neighbours pad little."""
+        return sorted(range(len(self.tokens)), key=lambda row: (-len(self.tokens[row]), row))
+
+    def encode(self, rows: Sequence[int], advance: Callable[[int], object] = lambda done: None) -> Tensor:
+        """Vectors of some rows, in batches of at most llm.token_budget tokens, padding included.
+
+        Args:
+            rows: catalogue rows, longest first as in ``order``.
+            advance: called with the number of items of each finished batch.
+
+        Returns:
+            (len(rows), D) on the CPU, in the model's dtype.
+
+        Raises:
+            LLMError: a vector is not finite.
+        """
+        vectors = []
+        for batch in self._batches(rows):
+            vectors.append(self._forward([self.tokens[row] for row in batch]).cpu())
+            self._check_finite(vectors[-1], batch)
+            advance(len(batch))
+        return torch.cat(vectors)
+
+    def _batches(self, rows: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for row in rows:
+            if batches and len(self.tokens[batches[-1][0]]) * (len(batches[-1]) + 1) <= self.llm.token_budget:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[list[int]]) -> Tensor:
+        prefix = shared_prefix(batch) if self.share_prefix else []
+        ids, mask = pad([tokens[len(prefix) :] for tokens in batch], self.backbone.device)  # (B, T - P)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if prefix:
+            inputs |= self._run_prefix(prefix, mask)
+        hidden: Tensor = self.backbone.model(**inputs).last_hidden_state  # (B, T - P, D)
+        return pool(hidden, mask, self.llm.pooling)
+
+    def _run_prefix(self, prefix: list[int], mask: Tensor) -> dict[str, Any]:
+        """Keys and values of the prefix, computed once and repeated over the batch."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.backbone.model.config)
+        ids = torch.tensor([prefix], device=self.backbone.device)  # (1, P)
+        self.backbone.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(mask))
+        mask = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)  # (B, T)
+        return {"past_key_values": cache, "use_cache": True, "attention_mask": mask}
+
+    def _check_finite(self, vectors: Tensor, rows: list[int]) -> None:
+        finite = vectors.isfinite().all(dim=1)
+        if not finite.all():
+            row = rows[int(finite.logical_not().nonzero()[0])]
+            raise LLMError(
+                f"item {self.names[row]!r}: its vector is not finite under llm.dtype={self.backbone.dtype}; "
+                "set llm.dtype=float32"
+            )
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each text with the tokenizer's own special tokens, at most ``max_tokens``, at least one."""
+    tokenizer.truncation_side = "right"
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    tokens: list[list[int]] = tokenizer(list(texts), **options)["input_ids"] if texts else []
+    long = [row for row, ids in enumerate(tokens) if len(ids) > max_tokens]
+    if long:
+        log.warning("%d of %d item texts are longer than llm.max_tokens=%d: cut", len(long), len(tokens), max_tokens)
+        cut = tokenizer([texts[row] for row in long], truncation=True, max_length=max_tokens, **options)["input_ids"]
+        for row, ids in zip(long, cut, strict=True):
+            tokens[row] = ids
+    specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    blank = next(token for token in specials if token is not None)
+    return [ids or [blank] for ids in tokens]
+
+
+def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists as (B, T) ids and mask, padded on the right whatever the tokenizer would do."""
+    length = max(len(tokens) for tokens in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    mask = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """(B, T, D) hidden states of right-padded texts -> (B, D): last real token, mean of the real ones, or first."""
+    if pooling is Pooling.cls:
+        return hidden[:, 0]
+    if pooling is Pooling.last:
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    weights = mask.unsqueeze(-1).float()  # (B, T, 1)
+    return ((hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
+
+
+def shared_prefix(batch: list[list[int]]) -> list[int]:
+    """The tokens that all texts begin with, leaving each at least one of its own; [] where it is not worth while."""
+    if len(batch) < 2:
+        return []
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*batch, strict=False))
+    prefix = [column[0] for column in same]
+    prefix = prefix[: min(len(tokens) for tokens in batch) - 1]
+    return prefix if len(prefix) >= MIN_PREFIX else []
+
+
+def _check_fit(backbone: Backbone, llm: LLMConfig) -> None:
+    if llm.pooling is Pooling.cls and backbone.tokenizer.cls_token_id is None:
+        raise ConfigError(
+            f"llm.pooling=cls: the tokenizer of {backbone.name} has no [CLS] token; choose last (decoders) or mean"
+        )
+    # what a tokenizer does not know it gives as a huge number
+    limits = (getattr(backbone.model.config, "max_position_embeddings", None), backbone.tokenizer.model_max_length)
+    limit = min(int(value) for value in limits if value is not None)
+    if llm.max_tokens > limit:
+        raise ConfigError(f"llm.max_tokens={llm.max_tokens}: {backbone.name} reads at most {limit} tokens")
+
+
+def _check_vocabulary(backbone: Backbone, tokens: list[list[int]]) -> None:
+    embedding = backbone.model.get_input_embeddings()
+    largest = max((max(ids) for ids in tokens), default=0)
+    if largest >= embedding.num_embeddings:
+        raise LLMError(
+            f"llm.model={backbone.name}: the tokenizer gives token {largest}, the model has "
+            f"{embedding.num_embeddings}; they do not belong together"
+        )
