@@ -80,7 +80,9 @@ def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callback
     Args:
         callbacks: further ones, such as the checkpoint.
     """
-    stopping = EarlyStopping(config.callbacks.monitor, mode="max", patience=config.callbacks.patience, check_finite=True)
+    stopping = EarlyStopping(
+        config.callbacks.monitor, mode="max", patience=config.callbacks.patience, check_finite=True
+    )
     c = config.trainer
     return L.Trainer(
         default_root_dir=run_dir,

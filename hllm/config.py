@@ -265,6 +265,9 @@ class TransformerConfig(UserConfig):
     ffn_dim: int | None = None
     "Width inside the feed-forward layers; unset is 4 x dim."
     dropout: float = 0.2
+    "On inputs, feed-forward layers and before each residual."
+    attention_dropout: float = 0.0
+    "On attention weights; above 0 it takes CPU attention off its fused kernel."
     time_buckets: TimeBuckets = TimeBuckets.none
     time_reference: TimeReference = TimeReference.previous
     num_time_buckets: int = 2048
@@ -282,6 +285,7 @@ class TransformerConfig(UserConfig):
         if self.ffn_dim is not None:
             _at_least("user.ffn_dim", self.ffn_dim, 1)
         _fraction("user.dropout", self.dropout)
+        _fraction("user.attention_dropout", self.attention_dropout)
         _at_least("user.num_time_buckets", self.num_time_buckets, 2)
 
 
@@ -379,9 +383,7 @@ class TrainerConfig:
             if (value := getattr(self, name)) is not None:
                 _at_least(f"trainer.{name}", value, 1)
         accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
-        _require(
-            self.accelerator in accelerators, "trainer.accelerator", self.accelerator, f"choose of {accelerators}"
-        )
+        _require(self.accelerator in accelerators, "trainer.accelerator", self.accelerator, f"choose of {accelerators}")
         precisions = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
         _require(self.precision in precisions, "trainer.precision", self.precision, f"choose of {precisions}")
         if self.gradient_clip_val is not None:
@@ -481,7 +483,11 @@ class Config:
     @property
     def system(self) -> str:
         """Short name of the system: what stands in tables beside the loss."""
-        return f"hllm-{self.llm.name}" if isinstance(self.items, CachedItemsConfig) else f"{self.items.name}-{self.user.name}"
+        return (
+            f"hllm-{self.llm.name}"
+            if isinstance(self.items, CachedItemsConfig)
+            else f"{self.items.name}-{self.user.name}"
+        )
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

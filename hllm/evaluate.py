@@ -19,7 +19,7 @@ from hllm.errors import CheckpointError
 from hllm.module import Recommender
 from hllm.report import full_report
 
-USAGE = """usage: python -m hllm.evaluate ckpt=RUN/checkpoints/best.ckpt [root=FOLDER] [cache_dir=FOLDER] [accelerator=cpu]
+USAGE = """usage: python -m hllm.evaluate ckpt=RUN/checkpoints/best.ckpt [root=FOLDER] [cache_dir=FOLDER]
 
 Ranks the whole catalogue for every validation and test user again and prints the table of the run.
   ckpt         a checkpoint of hllm.train

@@ -80,7 +80,9 @@ class RankingMetrics(Metric):
         The first group is ``all``; it also holds ``ties``, the share of users whose target tied with another item.
         Groups without users are left out.
         """
-        table = {"all": {**self._means(self.sums.sum(0), self.users.sum()), "ties": float(self.ties / self.users.sum())}}
+        table = {
+            "all": {**self._means(self.sums.sum(0), self.users.sum()), "ties": float(self.ties / self.users.sum())}
+        }
         for label, sums, users in zip(self.labels(), self.sums, self.users, strict=True):
             if users > 0:
                 table[label] = self._means(sums, users)

@@ -33,7 +33,11 @@ def results_table(results: Results, system: str) -> str:
 def frequency_table(results: Results, system: str) -> str:
     """HR and NDCG at the first list length, by how often the target occurs in training."""
     names = metric_names(results)[:2]
-    header = ["target seen in training", "users", *(f"{name} {who}" for name in names for who in ("popularity", system))]
+    header = [
+        "target seen in training",
+        "users",
+        *(f"{name} {who}" for name in names for who in ("popularity", system)),
+    ]
     rows = []
     for group, values in results["test"].items():
         if group != "all":

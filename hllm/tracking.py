@@ -23,9 +23,7 @@ PACKAGES = ("hllm", "torch", "lightning", "transformers", "torchmetrics", "hydra
 
 def run_name(config: Config) -> str:
     """Dataset, system, loss, layers and seed: enough to tell two runs of a sweep apart."""
-    return (
-        f"{config.dataset.name}-{config.system}-{config.loss.name}-{config.user.num_layers}layers-seed{config.seed}"
-    )
+    return f"{config.dataset.name}-{config.system}-{config.loss.name}-{config.user.num_layers}layers-seed{config.seed}"
 
 
 def run_tags(config: Config) -> list[str]:
@@ -70,7 +68,7 @@ def _wandb_logger(config: Config, run_dir: Path) -> Logger:
     import wandb  # half a second, and only runs that log to it need it
     from lightning.pytorch.loggers import WandbLogger
 
-    def start(offline: bool) -> Logger:
+    def start(offline: bool) -> WandbLogger:
         return WandbLogger(
             project=config.logger.project,
             name=run_name(config),
@@ -84,7 +82,7 @@ def _wandb_logger(config: Config, run_dir: Path) -> Logger:
 
     logger = start(wandb_offline(config.logger.wandb))
     try:
-        logger.experiment  # noqa: B018  # connects
+        _ = logger.experiment  # connects
     except Exception as error:  # wandb raises many kinds; losing a run to its tracker would be worse
         log.warning("wandb cannot be reached (%s): logging offline; `wandb sync` uploads the run later", error)
         wandb.teardown()
@@ -123,4 +121,3 @@ def write_run_info(config: Config, run_dir: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -128,7 +129,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         return DataLoader(
             dataset,
             batch_sampler=BatchSampler(self._sampler(dataset, shuffle), batch_size, drop_last=False),
-            collate_fn=_identity,
+            collate_fn=_whole_batch,
             num_workers=self.config.num_workers,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -143,6 +144,6 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         return UnrepeatedDistributedSampler(dataset, shuffle=False)
 
 
-def _identity(batch: Batch) -> Batch:
-    """The dataset already returns whole batches."""
+def _whole_batch(batch: Any) -> Any:
+    """The dataset's ``__getitems__`` already returned a whole batch: nothing is left to collate."""
     return batch

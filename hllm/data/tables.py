@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
+from hllm.data.schema import Catalog
 from hllm.errors import DataError
 
 
@@ -81,3 +82,24 @@ def to_text(table: pl.DataFrame, column: str, path: Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: row {row + 1} has a {column} that is not UTF-8 text") from error
     return decoded
+
+
+def read_catalog(path: Path) -> Catalog:
+    """Items of a person's own: a CSV file with a header, a column ``id``, and text columns; values stay text.
+
+    Raises:
+        DataError: the file is missing, empty or torn, has no column id, or an id is empty or occurs twice.
+    """
+    try:
+        table = pl.read_csv(path, infer_schema=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error})") from error
+    if "id" not in table.columns:
+        raise DataError(f"{path}: has no column 'id'; its header is {table.columns}")
+    ids = table["id"].fill_null("")
+    wrong = (ids.is_duplicated() | (ids == "")).arg_true()
+    if len(wrong) or table.is_empty():
+        row = int(wrong[0]) if len(wrong) else 0
+        raise DataError(f"{path}: row {row + 2} has no id of its own; ids must be there and unique")
+    fields = {name: table[name].fill_null("").to_list() for name in table.columns if name != "id"}
+    return Catalog(ids.to_list(), fields)

@@ -101,6 +101,7 @@ class CachedItems(ItemTower):
         vectors: Tensor = self.adaptor(self.vectors[ids - 1])
         return vectors
 
+
 def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Tensor, Tensor]:
     """Fit ``x -> (x - mean) @ matrix`` on a catalogue.
 

@@ -9,7 +9,6 @@ B users, L history length, H heads, D width.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-import torch
 
 from hllm.config import TimeBuckets, TransformerConfig
 from hllm.users.position import RelativePositionBias, TimeEmbedding
@@ -22,6 +21,7 @@ class Block(nn.Module):
         super().__init__()
         dim, inner = config.dim, config.ffn_dim or 4 * config.dim
         self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.attention_dropout = config.attention_dropout
         self.attention_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -36,7 +36,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=bias, is_causal=bias is None, dropout_p=self.attention_dropout if self.training else 0.0
         )
         return attended.transpose(1, 2).flatten(2)  # (B, L, D)
 

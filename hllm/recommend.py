@@ -1,0 +1,178 @@
+"""python -m hllm.recommend: checkpoint + one history -> top-k titles, also of items that were not in training."""
+
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+
+from hllm.build import build_datamodule, build_module, cache_dir
+from hllm.cli import parse, quiet_libraries, report_errors
+from hllm.config import Config
+from hllm.data.schema import Batch, Catalog
+from hllm.data.tables import read_catalog
+from hllm.errors import ConfigError
+from hllm.evaluate import checkpoint_config, load_checkpoint
+from hllm.items.cache import embed_catalog
+from hllm.items.store import ItemTable
+from hllm.items.tower import CachedItems
+from hllm.report import text_table
+
+USAGE = """usage: python -m hllm.recommend ckpt=RUN/checkpoints/best.ckpt (history="TITLE|TITLE|..." | user=ID) [k=10]
+
+Prints the k items to come next, with their scores. Items of the history are left out.
+  ckpt       a checkpoint of hllm.train
+  history    titles from oldest to newest, separated by |, as the catalogue writes them
+  user       instead of a history: a user of the data set, by original id
+  k          length of the list
+  new_items  a CSV file with the columns id and those of the text template: items to rank beside the catalogue,
+             embedded now and ranked without training again (items=cached only); a history may name them
+  root       the data set's raw files, if not where the run read them
+  cache_dir  downloads and item embeddings, if not where the run kept them"""
+
+
+@dataclass
+class Options:
+    ckpt: str = MISSING
+    history: str | None = None
+    user: str | None = None
+    k: int = 10
+    new_items: str | None = None
+    root: str | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.history is None) == (self.user is None):
+            raise ConfigError('give either history="TITLE|TITLE" or user=ID')
+        if self.k < 1:
+            raise ConfigError(f"k={self.k}: must be at least 1")
+
+
+class Recommendations:
+    """A trained model with its catalogue, ready to rank.
+
+    Args:
+        config: as ``checkpoint_config`` gives it.
+        ckpt: the checkpoint.
+        new_items: items to rank beside those of the data set.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the data or the item vectors found here.
+        ConfigError: new items for a model that knows items by id only.
+    """
+
+    def __init__(self, config: Config, ckpt: Path, new_items: Catalog | None = None) -> None:
+        self.config = config
+        self.datamodule = build_datamodule(config)
+        self.catalog = self.datamodule.catalog
+        self.module = build_module(config, self.datamodule)
+        if isinstance(self.module.items, CachedItems):
+            self.module.items.attach(self._embed(self.catalog))
+        checkpoint = load_checkpoint(ckpt)
+        self.module.on_load_checkpoint(checkpoint)
+        self.module.load_state_dict(checkpoint["state_dict"])
+        self.module.eval()
+        if new_items is not None:
+            self._add(new_items)
+
+    def _embed(self, catalog: Catalog) -> ItemTable:
+        return embed_catalog(catalog, self.config.dataset.text, self.config.llm, cache_dir(self.config))
+
+    def _add(self, new: Catalog) -> None:
+        """Rank further items: embedded by the same LLM, mapped by what was fitted on the training catalogue."""
+        if not isinstance(self.module.items, CachedItems):
+            raise ConfigError(f"new_items: items={self.config.items.name} knows only the items it was trained on")
+        if known := set(self.catalog.ids) & set(new.ids):
+            raise ConfigError(f"new_items: id {min(known)} is in the catalogue already")
+        old, added = self.module.items.table, self._embed(new)
+        assert old is not None
+        vectors = torch.cat([old.vectors, added.vectors.to(old.vectors.dtype)])
+        self.module.items.attach(ItemTable([*old.ids, *added.ids], vectors, f"{old.fingerprint}+{added.fingerprint}"))
+        self.catalog = Catalog(
+            [*self.catalog.ids, *new.ids],
+            {name: [*column, *new.fields.get(name, [""] * len(new))] for name, column in self.catalog.fields.items()},
+        )
+
+    def history_of_titles(self, titles: list[str]) -> Batch:
+        """One row of the items with these titles, oldest first; all events at one time.
+
+        Raises:
+            ConfigError: a title is not in the catalogue; the message suggests near ones.
+        """
+        return self._history(torch.tensor([self._find(title) for title in titles]))
+
+    def _history(self, items: Tensor, timestamps: Tensor | None = None) -> Batch:
+        """One row of the newest of (E,) item ids and their times in seconds."""
+        timestamps = torch.zeros_like(items) if timestamps is None else timestamps
+        window = items[None, -self.config.dataset.max_history :]
+        return Batch(
+            users=torch.zeros(1, dtype=torch.int64),
+            items=window,
+            timestamps=timestamps[None, -self.config.dataset.max_history :],
+            targets=torch.zeros_like(window),
+            mask=torch.ones_like(window, dtype=torch.bool),
+            seen=torch.stack([torch.zeros_like(items), items]),
+        )
+
+    def history_of_user(self, user: str) -> Batch:
+        """One row of everything the data set knows of a user.
+
+        Raises:
+            ConfigError: no such user.
+        """
+        interactions = self.datamodule.interactions
+        found = (interactions.users == user).nonzero()[0]
+        if not len(found):
+            examples = ", ".join(interactions.users[:3])
+            raise ConfigError(f"user={user}: not among the {interactions.num_users} users ({examples}, ...)")
+        start, end = interactions.offsets[found[0]], interactions.offsets[found[0] + 1]
+        return self._history(
+            torch.from_numpy(interactions.items[start:end].astype("int64")),
+            torch.from_numpy(interactions.timestamps[start:end].copy()),
+        )
+
+    def _find(self, title: str) -> int:
+        """Item id of a title or an original id; case and outer spaces do not matter."""
+        wanted = title.strip().casefold()
+        for names in (self.catalog.titles, self.catalog.ids):
+            for row, name in enumerate(names):
+                if name.casefold() == wanted:
+                    return row + 1
+        by_name = {name.casefold(): name for name in self.catalog.titles}
+        near = [by_name[name] for name in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.5)]
+        near += [name for key, name in by_name.items() if wanted in key and name not in near][:2]
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "no title is like it"
+        raise ConfigError(f"history: {title.strip()!r} is not in the catalogue; {hint}")
+
+    @torch.inference_mode()
+    def rank(self, history: Batch, k: int) -> list[tuple[str, float]]:
+        """The k best unseen items: title and score (similarity over temperature)."""
+        scores = self.module.scores(history)[0]
+        scores[history.seen[1] - 1] = float("-inf")
+        best = scores.topk(min(k, int(scores.isfinite().sum())))
+        return [
+            (self.catalog.titles[row], score) for row, score in zip(best.indices, best.values.tolist(), strict=True)
+        ]
+
+
+@report_errors
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(Options, sys.argv[1:] if arguments is None else arguments, USAGE)
+    quiet_libraries()
+    config = checkpoint_config(Path(options.ckpt), options.root, options.cache_dir)
+    new_items = read_catalog(Path(options.new_items)) if options.new_items else None
+    model = Recommendations(config, Path(options.ckpt), new_items)
+    if options.user is not None:
+        history = model.history_of_user(options.user)
+    else:
+        history = model.history_of_titles((options.history or "").split("|"))
+    ranked = model.rank(history, options.k)
+    rows = [[str(place), title, f"{score:.4f}"] for place, (title, score) in enumerate(ranked, start=1)]
+    print(text_table(["", "title", "score"], rows))
+
+
+if __name__ == "__main__":
+    main()
