@@ -20,7 +20,7 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         if rows := sweep_rows(folder):
-            header = list(max(rows, key=lambda row: len(row)))
+            header = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[row.get(key, "failed") for key in header] for row in rows]
             with (folder / "sweep.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([header, *cells])

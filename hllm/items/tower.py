@@ -63,7 +63,7 @@ class CachedItems(ItemTower):
         self.table: ItemTable | None = None
         self.statistics: dict[str, float] = {}
         "Mean cosine between items as embedded, and after the transform."
-        self.register_load_state_dict_post_hook(lambda module, _: module._transform())
+        self.register_load_state_dict_post_hook(lambda module, _: module._transform())  # type: ignore[no-untyped-call]
 
     def attach(self, table: ItemTable) -> None:
         """Take the vectors of a catalogue: (I, E). The first table fits the transform and sizes the adaptor.
