@@ -119,7 +119,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
     """Token ids of each text with the tokenizer's own special tokens, at most ``max_tokens``, at least one."""
     tokenizer.truncation_side = "right"
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    tokens: list[list[int]] = tokenizer(list(texts), **options)["input_ids"] if texts else []
+    tokens: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     long = [row for row, ids in enumerate(tokens) if len(ids) > max_tokens]
     if long:
         log.warning("%d of %d item texts are longer than llm.max_tokens=%d: cut", len(long), len(tokens), max_tokens)

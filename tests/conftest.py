@@ -1,0 +1,112 @@
+"""Tiny random language models, made here in milliseconds, and the session's one cache of real files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from hllm.config import Dtype, LLMConfig, TextConfig
+from hllm.data.schema import Catalog
+
+WORDS = [f"word{number}" for number in range(40)]
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+@pytest.fixture
+def text() -> TextConfig:
+    return TextConfig(prompt="Compress the following: ", template="title: {title} genres: {genres}")
+
+
+@pytest.fixture
+def movies() -> Catalog:
+    """23 items of 1 to 12 words; item 7 has no text at all."""
+    titles = [" ".join(WORDS[(row * 7 + word) % 40] for word in range(1 + row % 12)) for row in range(23)]
+    titles[7] = ""
+    genres = [WORDS[row % 5] for row in range(23)]
+    genres[7] = ""
+    return Catalog([f"m{row}" for row in range(23)], {"title": titles, "genres": genres})
+
+
+def _tokenizer(template: str, specials: dict[str, str], padding_side: str) -> PreTrainedTokenizerFast:
+    prompt = ["Compress", "the", "following", ":", "title", "genres"]
+    vocabulary = {word: number for number, word in enumerate([*specials.values(), *prompt, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(word, vocabulary[word]) for word in specials.values()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **specials)
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    # spread the weights: with the usual initialisation all vectors look alike
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_llama() -> Callable[..., Path]:
+    """Saves a random Llama of 2 layers, 32 wide; ``template`` is what its tokenizer puts around a text."""
+
+    def save(folder: Path, template: str = "$A", padding_side: str = "right", dim: int = 32) -> Path:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=64,
+                hidden_size=dim,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+            )
+            return _save(LlamaModel(config), _tokenizer(template, SPECIALS, padding_side), folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(save_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llm") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    specials = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+        tokenizer = _tokenizer("[CLS] $A [SEP]", specials, "right")
+        return _save(BertModel(config), tokenizer, tmp_path_factory.mktemp("llm") / "bert")
+
+
+@pytest.fixture
+def llm_config() -> Callable[..., LLMConfig]:
+    """An LLMConfig for a tiny model's folder: float32 on the CPU, small shards and batches."""
+
+    def config(folder: Path, **changes: Any) -> LLMConfig:
+        values = {"shard_items": 5, "token_budget": 64, "max_tokens": 32, "dtype": Dtype.float32, "device": "cpu"}
+        return LLMConfig(name="tiny", model=str(folder), **(values | changes))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def shared_cache() -> Path:
+    """Where the pinned files are fetched once for all sessions and runs."""
+    return Path(os.environ.get("HLLM_CACHE", "~/.cache/hllm")).expanduser()

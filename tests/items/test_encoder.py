@@ -1,0 +1,158 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hllm.config import Dtype, LLMConfig, Pooling, TextConfig
+from hllm.data.schema import Catalog
+from hllm.errors import ConfigError, LLMError
+from hllm.items.backbone import load_backbone
+from hllm.items.encoder import Encoder, shared_prefix
+from hllm.items.files import LLMFiles
+from hllm.items.text import item_texts
+
+Config = Callable[..., LLMConfig]
+
+
+def encoder(folder: Path, llm: LLMConfig, texts: list[str], **options: Any) -> Encoder:
+    return Encoder(
+        load_backbone(LLMFiles("tiny", folder), llm), llm, texts, [str(row) for row in range(len(texts))], **options
+    )
+
+
+def one_by_one(encoder: Encoder) -> Tensor:
+    """The reference: one text a forward pass, no padding, no cache."""
+    vectors = []
+    for tokens in encoder.tokens:
+        with torch.no_grad():
+            hidden = encoder.backbone.model(input_ids=torch.tensor([tokens])).last_hidden_state[0].float()
+        pooled = {Pooling.last: hidden[-1], Pooling.mean: hidden.mean(0), Pooling.cls: hidden[0]}
+        vectors.append(pooled[encoder.llm.pooling])
+    return torch.stack(vectors)
+
+
+def batched(encoder: Encoder) -> Tensor:
+    order = encoder.order()
+    vectors = torch.empty(len(order), encoder.backbone.dim)
+    vectors[order] = encoder.encode(order).float()
+    return vectors
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("pooling", [Pooling.last, Pooling.mean])
+def test_decoder_batched_equals_one_by_one(
+    save_llama: Callable[..., Path],
+    llm_config: Config,
+    movies: Catalog,
+    text: TextConfig,
+    tmp_path: Path,
+    padding_side: str,
+    template: str,
+    pooling: Pooling,
+) -> None:
+    folder = save_llama(tmp_path / "llama", template, padding_side)
+    subject = encoder(folder, llm_config(folder, pooling=pooling), item_texts(movies, text))
+    assert subject.backbone.tokenizer.padding_side == padding_side
+    torch.testing.assert_close(batched(subject), one_by_one(subject), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+def test_bert_batched_equals_one_by_one(
+    tiny_bert: Path, llm_config: Config, movies: Catalog, text: TextConfig, pooling: Pooling
+) -> None:
+    subject = encoder(tiny_bert, llm_config(tiny_bert, pooling=pooling), item_texts(movies, text))
+    torch.testing.assert_close(batched(subject), one_by_one(subject), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert"])
+def test_bfloat16_stays_near_float32(
+    request: pytest.FixtureRequest, llm_config: Config, movies: Catalog, text: TextConfig, model: str
+) -> None:
+    folder, texts = request.getfixturevalue(model), item_texts(movies, text)
+    rounded = encoder(folder, llm_config(folder, dtype=Dtype.bfloat16), texts)
+    exact = encoder(folder, llm_config(folder), texts)
+    assert rounded.encode([0]).dtype == torch.bfloat16
+    for reference in (one_by_one(rounded), one_by_one(exact)):
+        assert torch.cosine_similarity(batched(rounded), reference).min() > 0.999
+
+
+def test_shared_prefix_is_run_once_and_changes_nothing(
+    tiny_llama: Path, llm_config: Config, movies: Catalog, text: TextConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = item_texts(movies, text)
+    plain = batched(encoder(tiny_llama, llm_config(tiny_llama), texts, share_prefix=False))
+    prefixes: list[list[int]] = []
+    run = Encoder._run_prefix
+    monkeypatch.setattr(Encoder, "_run_prefix", lambda *args: prefixes.append(args[1]) or run(*args))
+    torch.testing.assert_close(batched(encoder(tiny_llama, llm_config(tiny_llama), texts)), plain, atol=1e-5, rtol=1e-5)
+    assert min(map(len, prefixes)) == 6, "Compress the following : title :"
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7]], [1, 2, 3, 4, 5]),
+        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5]], [1, 2, 3, 4]),
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4]], []),
+        ([[1, 2, 3, 4, 5], [9]], []),
+        ([[1, 2, 3, 4, 5, 6]], []),
+    ],
+)
+def test_every_text_keeps_a_token_of_its_own(batch: list[list[int]], expected: list[int]) -> None:
+    assert shared_prefix(batch) == expected
+
+
+def test_batches_keep_the_budget_and_the_order(
+    tiny_llama: Path, llm_config: Config, movies: Catalog, text: TextConfig
+) -> None:
+    subject = encoder(tiny_llama, llm_config(tiny_llama), item_texts(movies, text))
+    batches = subject._batches(subject.order())
+    assert [row for batch in batches for row in batch] == subject.order()
+    sizes = [len(batch) * max(len(subject.tokens[row]) for row in batch) for batch in batches]
+    assert max(sizes) <= subject.llm.token_budget
+    assert max(map(len, batches)) > 1
+
+
+def test_long_text_is_cut_and_counted(tiny_bert: Path, llm_config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["word1 " * 10_000, "word1"]
+    subject = encoder(tiny_bert, llm_config(tiny_bert, pooling=Pooling.cls), texts)
+    assert "1 of 2 item texts are longer than llm.max_tokens=32" in caplog.text
+    separator = subject.backbone.tokenizer.sep_token_id
+    assert [len(tokens) for tokens in subject.tokens] == [32, 3]
+    assert subject.tokens[0][-1] == separator
+
+
+def test_empty_text_has_a_vector(tiny_llama: Path, llm_config: Config) -> None:
+    subject = encoder(tiny_llama, llm_config(tiny_llama), ["", "word1"])
+    assert subject.tokens[0] == [subject.backbone.tokenizer.bos_token_id]
+    assert batched(subject).isfinite().all()
+
+
+def test_vector_that_is_not_finite_names_item_and_dtype(tiny_llama: Path, llm_config: Config) -> None:
+    subject = encoder(tiny_llama, llm_config(tiny_llama), ["word1 word2", "word1"])
+    with torch.no_grad():
+        subject.backbone.model.get_input_embeddings().weight[subject.tokens[0][1]] = torch.nan
+    with pytest.raises(LLMError, match=r"item '0': .*llm\.dtype=float32"):
+        batched(subject)
+
+
+def test_cls_pooling_needs_a_cls_token(tiny_llama: Path, llm_config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"llm\.pooling=cls: .*no \[CLS\] token"):
+        encoder(tiny_llama, llm_config(tiny_llama, pooling=Pooling.cls), ["word1"])
+
+
+def test_max_tokens_beyond_the_model_is_refused(tiny_bert: Path, llm_config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"llm\.max_tokens=65: .* at most 64"):
+        encoder(tiny_bert, llm_config(tiny_bert, max_tokens=65, token_budget=65), ["word1"])
+
+
+def test_tokenizer_of_another_model_is_refused(tiny_llama: Path, llm_config: Config) -> None:
+    llm = llm_config(tiny_llama)
+    backbone = load_backbone(LLMFiles("tiny", tiny_llama), llm)
+    backbone.model.resize_token_embeddings(20)
+    with pytest.raises(LLMError, match="do not belong together"):
+        Encoder(backbone, llm, ["word39"], ["0"])
