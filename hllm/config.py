@@ -265,7 +265,7 @@ class TransformerConfig(UserConfig):
     ffn_dim: int | None = None
     "Width inside the feed-forward layers; unset is 4 x dim."
     dropout: float = 0.2
-    "On inputs, feed-forward layers and before each residual."
+    "On inputs and before each residual."
     attention_dropout: float = 0.0
     "On attention weights; above 0 it takes CPU attention off its fused kernel."
     time_buckets: TimeBuckets = TimeBuckets.none

@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, L, D), additive bias (H, L, L) with the causal mask in it, or none -> (B, L, D)."""
