@@ -17,6 +17,12 @@ WORDS = [f"word{number}" for number in range(40)]
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
+def pytest_configure() -> None:
+    """One thread a worker, and in the processes it starts: tiny models gain nothing from more, and workers collide."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def text() -> TextConfig:
     return TextConfig(prompt="Compress the following: ", template="title: {title} genres: {genres}")
