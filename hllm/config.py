@@ -316,11 +316,12 @@ class LossConfig:
 
 @dataclass
 class CELossConfig(LossConfig):
-    chunk_size: int = 16384
-    "Positions scored against the catalogue at a time; bounds memory, does not change the loss."
+    chunk_size: int | None = None
+    "Positions scored against the catalogue at a time; bounds memory, does not change the loss. Unset: by device."
 
     def __post_init__(self) -> None:
-        _at_least("loss.chunk_size", self.chunk_size, 1)
+        if self.chunk_size is not None:
+            _at_least("loss.chunk_size", self.chunk_size, 1)
 
 
 @dataclass
