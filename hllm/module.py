@@ -57,6 +57,8 @@ class Recommender(L.LightningModule):
         )
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         "Split -> group of targets -> metric, after each evaluation; the splits are val, test and popularity."
+        self.test_ranks: list[tuple[Tensor, Tensor, Tensor]] = []
+        "(B,) user numbers, target ids and target ranks of each test batch of this process, for paired comparisons."
         self._catalogue: Tensor | None = None
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
@@ -98,18 +100,23 @@ class Recommender(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self._catalogue = None
+        self.test_ranks = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._rank(batch, self.scores(batch), self.val_metrics)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        self._rank(batch, self.scores(batch), self.test_metrics)
+        targets, ranks = self._rank(batch, self.scores(batch), self.test_metrics)
+        self.test_ranks.append((batch.users.cpu(), targets.cpu(), ranks.cpu()))
         popularity = self.train_counts[1 : self.items.num_items + 1].float().expand(len(batch), -1)
         self._rank(batch, popularity, self.popularity_metrics)
 
-    def _rank(self, batch: Batch, scores: Tensor, metrics: RankingMetrics) -> None:
+    def _rank(self, batch: Batch, scores: Tensor, metrics: RankingMetrics) -> tuple[Tensor, Tensor]:
+        """Count a batch into the metrics; (B,) target ids and (B,) ranks."""
         targets = batch.targets.max(dim=1).values
-        metrics.update(*target_ranks(scores, targets, batch.seen), self.train_counts[targets])
+        ranks, ties = target_ranks(scores, targets, batch.seen)
+        metrics.update(ranks, ties, self.train_counts[targets])
+        return targets, ranks
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics)

@@ -1,14 +1,17 @@
-"""One table of the runs of a multirun, written when the last job ends."""
+"""The tables of a multirun, written when its last job ends: each run, and means over seeds."""
 
 import csv
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from hllm.report import metric_names, text_table
+
+Row = dict[str, str | float]
 
 
 class SweepTable(Callback):
@@ -21,24 +24,54 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
         if rows := sweep_rows(folder):
             header = list(dict.fromkeys(key for row in rows for key in row))
-            cells = [[row.get(key, "failed") for key in header] for row in rows]
             with (folder / "sweep.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([header, *cells])
-            table = text_table(header, cells)
-            (folder / "sweep.md").write_text(table + "\n")
-            print(f"\n{table}\n\nsweep folder: {folder}")
+                csv.writer(file).writerows([header, *([row.get(key, "") for key in header] for row in rows)])
+            report = sweep_report(header, rows)
+            (folder / "sweep.md").write_text(report + "\n")
+            print(f"\n{report}\n\nsweep folder: {folder}")
 
 
-def sweep_rows(folder: Path) -> list[dict[str, str]]:
-    """A row for each job's folder: number, overrides, and test metrics where the job finished."""
+def sweep_rows(folder: Path) -> list[Row]:
+    """A row for each job's folder: number, overrides, seed, and test metrics where the job finished."""
     jobs = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
     rows = []
     for job in sorted(jobs, key=lambda path: (len(path.name), path.name)):
-        row = {"job": job.name, "overrides": " ".join(OmegaConf.load(job / ".hydra" / "overrides.yaml"))}
+        overrides = [str(override) for override in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
+        row: Row = {"job": job.name, "overrides": " ".join(o for o in overrides if not o.startswith("seed="))}
+        row["seed"] = next((o.removeprefix("seed=") for o in overrides if o.startswith("seed=")), "")
         metrics = job / "metrics.json"
         if metrics.is_file():
             results = json.loads(metrics.read_text())["results"]
-            row |= {f"val/{name}": f"{results['val']['all'][name]:.4f}" for name in ("ndcg@10",)}
-            row |= {f"test/{name}": f"{results['test']['all'][name]:.4f}" for name in metric_names(results)}
+            row |= {
+                f"{split}/{n}": results[split]["all"][n] for split in ("val", "test") for n in metric_names(results)
+            }
         rows.append(row)
     return rows
+
+
+def sweep_report(header: list[str], rows: list[Row]) -> str:
+    """Every run as a row of test metrics, and below it mean and standard deviation over seeds where there are some."""
+    names = [key for key in header if key.startswith("test/")]
+    columns = ["job", "overrides", "seed", *names]
+    runs = [[_cell(row.get(key, "failed")) for key in columns] for row in rows]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if names and names[0] in row:
+            groups.setdefault(str(row["overrides"]), []).append(row)
+    means = [
+        [overrides, str(len(group)), *(_spread([float(row[name]) for row in group]) for name in names)]
+        for overrides, group in groups.items()
+        if len(group) > 1
+    ]
+    tables = [text_table(columns, runs)]
+    if means:
+        tables.append(text_table(["mean ± sd over seeds", "seeds", *names], means))
+    return "\n\n".join(tables)
+
+
+def _cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.4f} ± {stdev(values):.4f}"

@@ -10,11 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import OmegaConf
 
 from hllm.config import Config, WandbMode, to_plain
+from hllm.data.base import SequenceDataModule
+from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +121,14 @@ def write_run_info(config: Config, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
     write_json(run_dir / "environment.json", environment())
+
+
+def write_ranks(path: Path, module: Recommender, datamodule: SequenceDataModule) -> None:
+    """Each test user's target and its rank, by original ids: two runs can then be compared user by user."""
+    users, targets, ranks = (torch.cat(column).numpy() for column in zip(*module.test_ranks, strict=True))
+    ids = np.array(datamodule.catalog.ids)
+    names = {"user": datamodule.interactions.users[users], "target": ids[targets - 1], "rank": ranks}
+    pl.DataFrame(names).write_parquet(path)
 
 
 def write_json(path: Path, content: Any) -> None:

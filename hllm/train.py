@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer
 from hllm.cli import quiet_libraries, report_errors
 from hllm.config import CONF_DIR, Config, check
-from hllm.errors import HllmError
-from hllm.evaluate import Evaluation, evaluate, load_checkpoint
+from hllm.errors import CheckpointError, HllmError
+from hllm.evaluate import Evaluation, differences, evaluate, load_checkpoint
 from hllm.items.tower import CachedItems
 from hllm.report import full_report
-from hllm.tracking import build_loggers, write_json, write_run_info
+from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def train(config: Config, run_dir: Path) -> Evaluation:
 
     Args:
         config: checked.
-        run_dir: gets config.yaml, environment.json, metrics.csv, metrics.json, report.md and checkpoints/.
+        run_dir: gets config.yaml, environment.json, metrics.csv (a row an epoch), metrics.json and report.md (the best
+            checkpoint's results), ranks.parquet (each test user's rank) and checkpoints/.
     """
     quiet_libraries()
     started = time.perf_counter()
@@ -52,6 +53,7 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
     report = full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}")
     write_json(run_dir / "metrics.json", {**evaluation.plain(), "epochs": trainer.current_epoch, "seconds": seconds})
+    write_ranks(run_dir / "ranks.parquet", module, datamodule)
     (run_dir / "report.md").write_text(report + "\n")
     for logger in trainer.loggers:
         logger.finalize("success")
@@ -61,8 +63,6 @@ def train(config: Config, run_dir: Path) -> Evaluation:
 
 def _check_resumable(path: Path, now: dict[str, object]) -> None:
     """A run resumes only under the config it began with: another one could not hold its weights or its schedule."""
-    from hllm.evaluate import differences
-
     free = ("cache_dir", "ckpt", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
     changed = [
         difference
@@ -70,8 +70,6 @@ def _check_resumable(path: Path, now: dict[str, object]) -> None:
         if not difference.startswith(free)
     ]
     if changed:
-        from hllm.errors import CheckpointError
-
         raise CheckpointError(f"ckpt={path} belongs to another config: {'; '.join(changed)}")
 
 
