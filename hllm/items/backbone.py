@@ -5,6 +5,7 @@ model is never run.
 """
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,14 +128,16 @@ def _check_text_model(files: LLMFiles, config: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and notes off the screen while a model loads."""
+    """Keep transformers' own bars and notes off the screen while a model loads; errors are raised all the same."""
     from transformers.utils import logging as verbosity
 
     level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
     verbosity.set_verbosity_error()
     verbosity.disable_progress_bar()
     try:
-        yield
+        # its GGUF reader draws a bar that no setting turns off
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         verbosity.set_verbosity(level)
         if bars:
