@@ -78,7 +78,7 @@ def test_an_item_outside_the_catalogue_is_refused_by_row_and_name() -> None:
 
 
 def test_no_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="u.data: holds no interactions"):
+    with pytest.raises(DataError, match=r"u\.data: holds no interactions"):
         build_interactions(events((1, "a", 1)).clear(), ITEMS, "u.data")
 
 
