@@ -1,0 +1,183 @@
+"""Ranking metrics against sorting, and across groups, halves and processes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from hllm.metrics import RankingMetrics, target_ranks
+
+KS, EDGES = [1, 3, 10], [1, 4]
+Results = dict[str, dict[str, float]]
+NOTHING = torch.empty(2, 0, dtype=torch.int64)
+
+
+@pytest.fixture
+def case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores with many ties, targets, histories and training counts of 40 users and 25 items."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 12, (40, 25), generator=generator).float()
+    targets = torch.randint(1, 26, (40,), generator=generator)
+    rows = torch.randint(0, 40, (200,), generator=generator)
+    seen = torch.stack([rows, torch.randint(1, 26, (200,), generator=generator)])
+    return scores, targets, seen, torch.randint(0, 8, (40,), generator=generator)
+
+
+def brute_force_rank(scores: Tensor, target: int, history: set[int]) -> float:
+    """Mean place of the target over the first and the last place that sorting could give it."""
+    rivals = [s for item, s in enumerate(scores.tolist(), start=1) if item != target and item not in history]
+    own = scores[target - 1].item()
+    best = sorted([*rivals, own], reverse=True).index(own)
+    worst = len(rivals) - sorted([*rivals, own]).index(own)
+    return (best + worst) / 2
+
+
+def expected_metrics(ranks: list[float]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for k in KS:
+        total[f"hr@{k}"] = sum(rank < k for rank in ranks) / len(ranks)
+        total[f"ndcg@{k}"] = sum(1 / math.log2(rank + 2) for rank in ranks if rank < k) / len(ranks)
+    return total | {"mrr": sum(1 / (rank + 1) for rank in ranks) / len(ranks)}
+
+
+def filled(case: tuple[Tensor, Tensor, Tensor, Tensor], users: slice = slice(None)) -> RankingMetrics:
+    scores, targets, seen, counts = case
+    ranks, ties = target_ranks(scores, targets, seen)
+    metrics = RankingMetrics(KS, EDGES)
+    metrics.update(ranks[users], ties[users], counts[users])
+    return metrics
+
+
+def assert_close(found: Results, expected: Results) -> None:
+    """Equal but for the order of float64 sums."""
+    assert list(found) == list(expected)
+    for group, values in expected.items():
+        assert found[group] == pytest.approx(values, rel=1e-13), group
+
+
+def histories(seen: Tensor, users: int) -> list[set[int]]:
+    return [set(seen[1, seen[0] == user].tolist()) for user in range(users)]
+
+
+def test_ranks_equal_sorting_with_ties_and_history(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    scores, targets, seen, _ = case
+    ranks, ties = target_ranks(scores, targets, seen)
+    expected = [
+        brute_force_rank(row, int(target), history)
+        for row, target, history in zip(scores, targets, histories(seen, 40), strict=True)
+    ]
+    assert ranks.tolist() == expected
+    assert (ties > 0).any()
+    assert any(int(target) in history for target, history in zip(targets, histories(seen, 40), strict=True))
+
+
+def test_metrics_equal_their_definition(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ranks, _ = target_ranks(*case[:3])
+    found = filled(case).compute()["all"]
+    assert found["users"] == 40
+    for name, value in expected_metrics(ranks.tolist()).items():
+        assert found[name] == pytest.approx(value, abs=1e-12), name
+
+
+def test_a_target_ranked_third_by_hand() -> None:
+    metrics = RankingMetrics([2, 3], [1])
+    metrics.update(*target_ranks(torch.tensor([[9.0, 8.0, 7.0, 1.0]]), torch.tensor([3]), NOTHING), torch.tensor([5]))
+    assert metrics.compute()["all"] == {
+        "users": 1, "hr@2": 0, "ndcg@2": 0, "hr@3": 1, "ndcg@3": 0.5, "mrr": pytest.approx(1 / 3), "ties": 0,
+    }  # fmt: skip
+
+
+def test_items_that_score_alike_share_their_places() -> None:
+    ranks, ties = target_ranks(torch.ones(1, 5), torch.tensor([2]), NOTHING)
+    assert (ranks.item(), ties.item()) == (2.0, 4)
+
+
+def test_history_does_not_take_places() -> None:
+    scores, target = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([3])
+    assert target_ranks(scores, target, NOTHING)[0].item() == 2
+    assert target_ranks(scores, target, torch.tensor([[0, 0], [1, 2]]))[0].item() == 0
+
+
+def test_a_target_in_its_own_history_is_ranked_against_unseen_items() -> None:
+    scores, seen = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[0, 0], [1, 3]])
+    assert target_ranks(scores, torch.tensor([3]), seen)[0].item() == 1
+
+
+def test_history_of_one_user_hides_nothing_from_another() -> None:
+    scores = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    assert target_ranks(scores, torch.tensor([2, 2]), torch.tensor([[1], [1]]))[0].tolist() == [1, 0]
+
+
+def test_ranking_leaves_the_scores_as_they_were(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    scores = case[0].clone()
+    target_ranks(scores, *case[1:3])
+    assert torch.equal(scores, case[0])
+
+
+def test_nan_scores_are_refused() -> None:
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        target_ranks(torch.tensor([[1.0, float("nan")]]), torch.tensor([1]), NOTHING)
+
+
+def test_groups_by_training_frequency_add_up_to_all(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    found = filled(case).compute()
+    counts = case[3]
+    sizes = {"0": counts < 1, "1-3": (counts >= 1) & (counts < 4), "4+": counts >= 4}
+    assert list(found) == ["all", *sizes]
+    assert {group: found[group]["users"] for group in sizes} == {g: int(m.sum()) for g, m in sizes.items()}
+    for name in ("hr@3", "ndcg@10", "mrr"):
+        total = sum(found[group][name] * found[group]["users"] for group in sizes)
+        assert total / 40 == pytest.approx(found["all"][name], abs=1e-12)
+
+
+def test_groups_without_users_are_left_out(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    scores, targets, seen, _ = case
+    assert list(filled((scores, targets, seen, torch.full((40,), 2))).compute()) == ["all", "1-3"]
+
+
+def test_groups_are_named_by_their_bounds() -> None:
+    assert RankingMetrics([10], [1, 2, 10, 50]).labels() == ["0", "1", "2-9", "10-49", "50+"]
+
+
+def test_ties_are_the_share_of_users_with_one() -> None:
+    metrics = RankingMetrics([1], [1])
+    metrics.update(torch.tensor([0.5, 1.0, 2.0, 0.0]), torch.tensor([1, 2, 0, 0]), torch.zeros(4, dtype=torch.int64))
+    assert metrics.compute()["all"]["ties"] == 0.5
+
+
+def test_batches_give_what_one_batch_gives(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ranks, ties = target_ranks(*case[:3])
+    metrics = RankingMetrics(KS, EDGES)
+    for users in torch.arange(40).split(7):
+        metrics.update(ranks[users], ties[users], case[3][users])
+    assert metrics.compute() == filled(case).compute()
+
+
+def test_after_a_reset_nothing_is_left(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    metrics = filled(case)
+    metrics.reset()
+    metrics.update(torch.tensor([0.0]), torch.tensor([0]), torch.tensor([0]))
+    assert metrics.compute()["all"] == {"users": 1, **dict.fromkeys(metrics.names, 1.0), "ties": 0}
+
+
+def test_merged_halves_equal_the_whole(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    half = filled(case, slice(0, 13))
+    half.merge_state(filled(case, slice(13, None)))
+    assert_close(half.compute(), filled(case).compute())
+
+
+def _rank_of_two(rank: int, file: str, case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    found = filled(case, slice(0, 13) if rank == 0 else slice(13, None)).compute()
+    torch.save(found, f"{file}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_each_report_the_whole(case: tuple[Tensor, Tensor, Tensor, Tensor], tmp_path: Path) -> None:
+    file = str(tmp_path / "store")
+    torch.multiprocessing.spawn(_rank_of_two, (file, case), nprocs=2)
+    for rank in range(2):
+        assert_close(torch.load(f"{file}.{rank}"), filled(case).compute())
