@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -22,15 +23,17 @@ T = TypeVar("T")
 def report_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Print an error that a person can mend as one line and exit with status 1; others keep their traceback.
 
-    In a multirun it is raised on, so that Hydra marks the job as failed and goes on with the others.
+    Mendable are ours, and a full disk or missing rights anywhere. In a multirun it is raised on, so that Hydra marks
+    the job as failed and goes on with the others.
     """
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except HllmError as error:
-            if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        except (HllmError, OSError) as error:
+            mendable = isinstance(error, HllmError) or error.errno in (ENOSPC, EDQUOT, EACCES, EPERM, EROFS)
+            if not mendable or (HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN):
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error

@@ -28,5 +28,9 @@ class CacheError(HllmError):
     """The cache folder cannot be read or written."""
 
 
+class DivergedError(HllmError, FloatingPointError):
+    """Training ran into values that are not numbers."""
+
+
 class CheckpointError(HllmError):
     """A checkpoint is missing, torn, or belongs to another configuration."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from hllm.errors import DivergedError
+
 
 def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks by counting, never by sorting.
@@ -27,10 +29,10 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor,
         (B,) float mid-ranks, and (B,) int64 how many unseen items tie with the target.
 
     Raises:
-        FloatingPointError: a score is NaN, which would rank its target first.
+        DivergedError: a score is NaN, which would rank its target first.
     """
     if scores.isnan().any():
-        raise FloatingPointError("item scores are NaN: training diverged; lower optimizer.lr")
+        raise DivergedError("item scores are NaN: training diverged; lower optimizer.lr")
     column = (targets - 1)[:, None]
     target_score = scores.gather(1, column)
     scores = scores.index_put((seen[0], seen[1] - 1), scores.new_tensor(float("-inf")))

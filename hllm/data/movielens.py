@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from hllm.data.base import Counts, SequenceDataModule
-from hllm.data.prepare import build_interactions, drop_duplicates
+from hllm.data.prepare import build_interactions
 from hllm.data.schema import Catalog, Interactions
 from hllm.data.tables import read_delimited, read_parquet, to_integers, to_text
 from hllm.errors import DataError
@@ -45,7 +45,6 @@ class MovieLens100K(SequenceDataModule):
                 "timestamp": to_integers(ratings, "timestamp", ratings_path),
             }
         )
-        events = drop_duplicates(events, str(ratings_path))
         return build_interactions(events, item_ids, str(ratings_path)), catalog
 
 

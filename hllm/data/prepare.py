@@ -32,7 +32,7 @@ def drop_duplicates(events: pl.DataFrame, source: str) -> pl.DataFrame:
 
 
 def build_interactions(events: pl.DataFrame, item_ids: pl.Series, source: str) -> Interactions:
-    """Encode ids and sort by (user, time), keeping the file order of equal timestamps.
+    """Encode ids, drop repeated rows, and sort by (user, time), keeping the file order of equal timestamps.
 
     Args:
         events: columns user (integer or string), item (string) and timestamp (int64 seconds), in file order.
@@ -53,7 +53,7 @@ def build_interactions(events: pl.DataFrame, item_ids: pl.Series, source: str) -
             f"{source}: row {row} names item {item!r}, which is not in the catalogue ({len(unknown)} such rows); "
             "take both files from the same release"
         )
-    ordered = encoded.sort("user", "timestamp", maintain_order=True)
+    ordered = drop_duplicates(encoded, source).sort("user", "timestamp", maintain_order=True)
     counts = ordered.group_by("user", maintain_order=True).len()
     return Interactions(
         items=ordered["item_id"].to_numpy(),
