@@ -65,11 +65,11 @@ def test_users_are_sorted_as_numbers() -> None:
 
 def test_equal_timestamps_keep_the_order_of_the_file() -> None:
     rng = np.random.default_rng(0)
-    items = rng.choice(ITEMS.to_list(), 400)
-    users = rng.integers(0, 5, 400)
-    data = build_interactions(events(*((int(u), i, 0) for u, i in zip(users, items, strict=True))), ITEMS, "file")
-    expected = [ITEMS.to_list().index(i) + 1 for u in range(5) for i in items[users == u]]
-    assert data.items.tolist() == expected
+    catalogue = pl.Series([str(item) for item in range(400)])
+    items, users = rng.permutation(400), rng.integers(0, 5, 400)
+    rows = events(*((int(u), str(i), 0) for u, i in zip(users, items, strict=True)))
+    data = build_interactions(rows, catalogue, "file")
+    assert data.items.tolist() == [i + 1 for u in range(5) for i in items[users == u]]
 
 
 def test_an_item_outside_the_catalogue_is_refused_by_row_and_name() -> None:
