@@ -6,6 +6,7 @@ into these dataclasses, which runs every ``__post_init__``: ranges first, rules 
 starts with the flag to change.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -199,6 +200,12 @@ class LLMConfig:
             self.model,
             "give either llm.model (a hub name or a folder) or llm.wheel, not both",
         )
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "llm.device",
+            self.device,
+            "choose of auto, cpu, cuda, cuda:N",
+        )
         _at_least("llm.max_tokens", self.max_tokens, 1)
         _at_least("llm.shard_items", self.shard_items, 1)
         _require(
@@ -351,7 +358,7 @@ class OptimizerConfig:
     "Share of all steps in which the learning rate rises from 0."
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0")
+        _require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "must be above 0")
         _at_least("optimizer.weight_decay", self.weight_decay, 0)
         _fraction("optimizer.warmup_ratio", self.warmup_ratio)
 
@@ -387,6 +394,8 @@ class TrainerConfig:
         _require(self.accelerator in accelerators, "trainer.accelerator", self.accelerator, f"choose of {accelerators}")
         precisions = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
         _require(self.precision in precisions, "trainer.precision", self.precision, f"choose of {precisions}")
+        profilers = (None, "simple", "advanced", "pytorch")
+        _require(self.profiler in profilers, "trainer.profiler", self.profiler, f"choose of {profilers}")
         if self.gradient_clip_val is not None:
             _require(
                 self.gradient_clip_val > 0,
@@ -463,7 +472,7 @@ class Config:
     "Set by the experiment files; names the row in tables and dashboards."
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be at least 0 and below 2**32")
         names = [f"val/{name}" for name in self.evaluation.metric_names()]
         for flag, value in (
             ("callbacks.monitor", self.callbacks.monitor),
