@@ -1,0 +1,181 @@
+"""Finished runs -> the results table: means over seeds, differences user by user, and a plot.
+
+    python scripts/reproduce/results_table.py runs/reproduce/ml100k/ce runs/reproduce/ml100k/nce
+
+Writes docs/results.md and docs/<data set>.png, and the short table between the markers of README.md.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from hllm.report import text_table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr")
+MARKERS = "<!-- results: scripts/reproduce -->", "<!-- end of results -->"
+BASELINE = "sasrec"
+
+
+@dataclass(frozen=True)
+class Row:
+    """All seeds of one experiment; ``ndcg`` (U,) is each user's NDCG@10, mean over seeds."""
+
+    name: str
+    metrics: list[dict[str, dict[str, dict[str, float]]]]
+    ndcg: npt.NDArray[np.float64]
+    seconds: float
+
+    def spread(self, metric: str, group: str = "all", split: str = "test") -> str:
+        values = self.values(metric, group, split)
+        return f"{mean(values):.4f} ± {stdev(values):.4f}" if len(set(values)) > 1 else f"{values[0]:.4f}"
+
+    def values(self, metric: str, group: str = "all", split: str = "test") -> list[float]:
+        return [results[split][group][metric] for results in self.metrics]
+
+    @property
+    def loss(self) -> str:
+        return self.name.rpartition("_")[2]
+
+
+def user_ndcg(run: Path) -> npt.NDArray[np.float64]:
+    """(U,) NDCG@10 of each test user, in order of user id."""
+    ranks = pl.read_parquet(run / "ranks.parquet").sort("user")["rank"].to_numpy()
+    return np.where(ranks < 10, 1 / np.log2(ranks + 2), 0)
+
+
+def read_rows(folders: list[Path]) -> tuple[list[Row], dict[str, str], dict[str, str]]:
+    """Rows by experiment, the data's identity, and the environment of the last run."""
+    runs: dict[str, list[Path]] = {}
+    for path in sorted(path for folder in folders for path in folder.glob("*/metrics.json")):
+        config = (path.parent / "config.yaml").read_text()
+        name = next(line for line in config.splitlines() if line.startswith("experiment_name:")).split()[-1]
+        runs.setdefault(name, []).append(path.parent)
+    rows = []
+    for name, paths in runs.items():
+        records = [json.loads((path / "metrics.json").read_text()) for path in paths]
+        ndcg = np.mean([user_ndcg(path) for path in paths], axis=0)
+        seconds = mean(record["seconds"]["total"] for record in records)
+        rows.append(Row(name, [record["results"] for record in records], ndcg, seconds))
+    rows.sort(key=lambda row: (row.loss, BASELINE not in row.name, row.name))
+    return rows, records[-1]["identity"], json.loads((paths[-1] / "environment.json").read_text())
+
+
+def main_table(rows: list[Row], metrics: tuple[str, ...]) -> str:
+    floor = ["popularity", *(rows[0].spread(metric, split="popularity") for metric in metrics)]
+    return text_table(
+        ["experiment", *metrics], [floor, *([f"`{row.name}`", *map(row.spread, metrics)] for row in rows)]
+    )
+
+
+def difference_table(rows: list[Row]) -> str:
+    """Each row against the id baseline of its loss, user by user: standard errors are over users, not over seeds."""
+    lines = []
+    for row in rows:
+        baseline = next(other for other in rows if other.loss == row.loss and BASELINE in other.name)
+        if row is not baseline:
+            gap = row.ndcg - baseline.ndcg
+            error = gap.std(ddof=1) / np.sqrt(len(gap))
+            lines.append(
+                [
+                    f"`{row.name}`",
+                    f"`{baseline.name}`",
+                    f"{gap.mean():+.4f}",
+                    f"{error:.4f}",
+                    f"{gap.mean() / error:+.1f}",
+                ]
+            )
+    return text_table(["experiment", "against", "ndcg@10 difference", "standard error", "in errors"], lines)
+
+
+def group_table(rows: list[Row], metric: str) -> str:
+    groups = [group for group in rows[0].metrics[0]["test"] if group != "all"]
+    header = [f"{metric} of targets seen", *(f"{g} times ({rows[0].metrics[0]['test'][g]['users']})" for g in groups)]
+    floor = ["popularity", *(rows[0].spread(metric, group, "popularity") for group in groups)]
+    return text_table(header, [floor, *([f"`{row.name}`", *(row.spread(metric, g) for g in groups)] for row in rows)])
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """NDCG@10 overall, and by how often the target was seen in training."""
+    groups = [group for group in rows[0].metrics[0]["test"] if group != "all"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 1.6))
+    names = [row.name.partition("_")[2] for row in rows]
+    colours = [plt.get_cmap("tab10")(index) for index in range(len(rows))]
+    floor = rows[0].values("ndcg@10", split="popularity")[0]
+    for place, row in enumerate(rows):
+        values = row.values("ndcg@10")
+        left.barh(place, mean(values), xerr=stdev(values), color=colours[place])
+    left.axvline(floor, color="black", linestyle=":", label="popularity")
+    left.set_yticks(range(len(rows)), names)
+    left.invert_yaxis()
+    left.set_xlabel("NDCG@10, mean and sd over seeds")
+    left.legend()
+    width = 0.8 / len(rows)
+    for place, row in enumerate(rows):
+        means = [mean(row.values("ndcg@10", group)) for group in groups]
+        right.bar(np.arange(len(groups)) + place * width, means, width, color=colours[place], label=names[place])
+    right.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, groups)
+    right.set_xlabel("occurrences of the target in training")
+    right.set_ylabel("NDCG@10")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def write_readme(table: str) -> None:
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    path.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="sweep folders")
+    rows, identity, environment = read_rows(parser.parse_args().folders)
+    users, seeds = len(rows[0].ndcg), len(rows[0].metrics)
+    rate = mean(rows[0].values("hr@10"))
+    about = (
+        f"{identity['dataset']}, protocol `{identity['protocol']}`: the whole catalogue ranked, history masked, ties at "
+        f"mid-rank; {users} test users; data `{identity['interactions']}`. Mean ± standard deviation over {seeds} seeds. "
+        f"One standard error of hr@10 over users is {np.sqrt(rate * (1 - rate) / users):.3f}, whatever the seeds. "
+        f"{date.today()}, commit `{environment['git']}`."
+    )
+    versions = ", ".join(
+        f"{name} {value}" for name, value in environment.items() if name not in ("git", "gpu", "threads")
+    )
+    picture = ROOT / "docs" / f"{identity['dataset']}.png"
+    plot(rows, picture)
+    times = ", ".join(f"`{row.name}` {row.seconds:.0f} s" for row in rows)
+    parts = [
+        "# Results",
+        "Written by `scripts/reproduce/`; each row is an experiment file of `conf/experiment/`.",
+        about,
+        main_table(rows, METRICS),
+        f"![NDCG@10 overall and by target frequency]({picture.name})",
+        "## What the differences are worth",
+        "NDCG@10 of each user, mean over seeds, minus the same user's under the id baseline with the same loss.",
+        difference_table(rows),
+        "## Cold and warm targets",
+        "Targets by occurrences in training; the number of users in brackets.",
+        group_table(rows, "ndcg@10"),
+        group_table(rows, "hr@10"),
+        "## Cost",
+        f"Seconds of one run on one thread of a machine shared by two, embeddings cached: {times}. {versions}.",
+    ]
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
+    write_readme(f"{about}\n\n{main_table(rows, METRICS[:3])}")
+
+
+if __name__ == "__main__":
+    main()
