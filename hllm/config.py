@@ -185,8 +185,8 @@ class LLMConfig:
     pooling: Pooling = Pooling.last
     max_tokens: int = 256
     "Longer item texts keep their first max_tokens tokens."
-    token_budget: int = 4096
-    "Tokens in one forward pass, padding included."
+    token_budget: int | None = None
+    "Tokens in one forward pass, padding included; unset suits the device."
     shard_items: int = 256
     "Items in one file of the cache: what a killed run loses at most."
     dtype: Dtype = Dtype.auto
@@ -209,7 +209,7 @@ class LLMConfig:
         _at_least("llm.max_tokens", self.max_tokens, 1)
         _at_least("llm.shard_items", self.shard_items, 1)
         _require(
-            self.token_budget >= self.max_tokens,
+            self.token_budget is None or self.token_budget >= self.max_tokens,
             "llm.token_budget",
             self.token_budget,
             f"must hold at least one text of llm.max_tokens={self.max_tokens}",

@@ -109,7 +109,10 @@ def test_values_out_of_range_are_refused_with_flag_value_and_rule(override: str)
         ),
         (["llm.wheel=null"], "llm.model=None: give either"),
         (["llm.model=/folder"], "llm.model=/folder: give either"),
-        ([HUB, "llm.max_tokens=5000"], "llm.token_budget=4096: must hold at least one text of llm.max_tokens=5000"),
+        (
+            [HUB, "llm.max_tokens=5000", "llm.token_budget=4096"],
+            "llm.token_budget=4096: must hold at least one text of llm.max_tokens=5000",
+        ),
         (["user.dim=7"], "user.num_heads=.*must divide user.dim=7"),
         (["evaluation.ks=[5]"], r"callbacks.monitor=val/ndcg@10: choose of val/hr@5, val/ndcg@5, val/mrr"),
         (["cache_dir=???"], "cache_dir: has no value; give cache_dir="),

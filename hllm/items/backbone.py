@@ -49,6 +49,8 @@ def choose_device(flag: str) -> torch.device:
         device = torch.device(flag)
     except RuntimeError as error:
         raise ConfigError(f"llm.device={flag}: no such device; choose auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"llm.device={flag}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"llm.device={flag}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

@@ -21,6 +21,8 @@ PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 "Causal decoders whose cache of keys and values can be shared; all others take the plain path."
 MIN_PREFIX = 4
 "Shorter prefixes are not worth a forward pass of their own."
+DEVICE_BUDGET = {"cpu": 1024, "cuda": 16384}
+"Tokens a batch: a CPU is fastest while activations stay in its cache, a GPU wants large products."
 
 
 class Encoder:
@@ -49,6 +51,7 @@ class Encoder:
         self.tokens = tokenize(backbone.tokenizer, texts, llm.max_tokens)
         _check_vocabulary(backbone, self.tokens)
         family = backbone.model.config.model_type
+        self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
         self.share_prefix = share_prefix and llm.pooling is Pooling.last and family in PREFIX_FAMILIES
 
     def order(self) -> list[int]:
@@ -56,7 +59,7 @@ class Encoder:
         return sorted(range(len(self.tokens)), key=lambda row: (-len(self.tokens[row]), row))
 
     def encode(self, rows: Sequence[int], advance: Callable[[int], object] = lambda done: None) -> Tensor:
-        """Vectors of some rows, in batches of at most llm.token_budget tokens, padding included.
+        """Vectors of some rows, in batches of at most token_budget tokens, padding included.
 
         Args:
             rows: catalogue rows, longest first as in ``order``.
@@ -78,7 +81,7 @@ class Encoder:
     def _batches(self, rows: Sequence[int]) -> list[list[int]]:
         batches: list[list[int]] = []
         for row in rows:
-            if batches and len(self.tokens[batches[-1][0]]) * (len(batches[-1]) + 1) <= self.llm.token_budget:
+            if batches and len(self.tokens[batches[-1][0]]) * (len(batches[-1]) + 1) <= self.token_budget:
                 batches[-1].append(row)
             else:
                 batches.append([row])

@@ -30,7 +30,7 @@ def test_dtype_is_16_bits_where_fast(flag: Dtype, device: str, fast: bool, expec
     assert choose_dtype(flag, torch.device(device), fast) == expected
 
 
-@pytest.mark.parametrize("flag", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("flag", ["gpu", "mps", "cuda:99"])
 def test_unknown_device_names_the_flag(flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"llm\.device={flag}"):
         choose_device(flag)
