@@ -48,6 +48,10 @@ def quiet_libraries() -> None:
     # one batch gather takes less than a millisecond: loader workers would only cost memory
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    # metrics.csv stands in the run folder, beside config.yaml
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # Lightning 2.6 with torch 2.13
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hllm.report import metric_names, text_table
@@ -17,18 +19,30 @@ Row = dict[str, str | float]
 class SweepTable(Callback):
     """Hydra callback: sweep.csv and sweep.md in the sweep folder, and the table on the terminal.
 
-    A failed job has a row without numbers: a sweep never hides what it lost.
+    The files are written after every job, because Hydra never calls ``on_multirun_end`` once a job has failed. A
+    failed job has a row without numbers: a sweep never hides what it lost.
     """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode is not RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        write_tables(folder)
+        if job_return.status is JobStatus.FAILED:
+            print(f"job {config.hydra.job.num} failed; the other jobs go on, their table is {folder / 'sweep.md'}")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        if rows := sweep_rows(folder):
-            header = list(dict.fromkeys(key for row in rows for key in row))
-            with (folder / "sweep.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([header, *([row.get(key, "") for key in header] for row in rows)])
-            report = sweep_report(header, rows)
-            (folder / "sweep.md").write_text(report + "\n")
-            print(f"\n{report}\n\nsweep folder: {folder}")
+        print(f"\n{(folder / 'sweep.md').read_text()}\nsweep folder: {folder}")
+
+
+def write_tables(folder: Path) -> None:
+    """sweep.csv and sweep.md of the jobs that have begun so far."""
+    rows = sweep_rows(folder)
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *([row.get(key, "") for key in header] for row in rows)])
+    (folder / "sweep.md").write_text(sweep_report(header, rows) + "\n")
 
 
 def sweep_rows(folder: Path) -> list[Row]:

@@ -1,7 +1,9 @@
-"""Tiny random language models, made here in milliseconds, and the session's one cache of real files."""
+"""Tiny random language models, a tiny MovieLens and runs on them; the session's one cache of real files."""
 
 import os
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from hllm.config import Dtype, LLMConfig, TextConfig
+from hllm.config import Config, Dtype, LLMConfig, TextConfig, compose
 from hllm.data.schema import Catalog
+from hllm.evaluate import Evaluation
+from hllm.train import train
 
 WORDS = [f"word{number}" for number in range(40)]
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -116,3 +120,103 @@ def llm_config() -> Callable[..., LLMConfig]:
 def shared_cache() -> Path:
     """Where the pinned files are fetched once for all sessions and runs."""
     return Path(os.environ.get("HLLM_CACHE", "~/.cache/hllm")).expanduser()
+
+
+GENRES = 19
+NUM_MOVIES, NUM_USERS = 30, 40
+
+
+@pytest.fixture(scope="session")
+def movielens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """u.data and u.item of 40 users who each watch 5 to 14 of 30 movies one after another, wherever they begin."""
+    folder = tmp_path_factory.mktemp("movielens")
+    movies = [
+        f"{movie}|{WORDS[movie]} {WORDS[-movie]} ({1960 + movie})|01-Jan-1995||http://m|"
+        + "|".join(str(int(genre in (movie % 5 + 1, movie % 7 + 6))) for genre in range(GENRES))
+        for movie in range(1, NUM_MOVIES + 1)
+    ]
+    ratings = [
+        f"{user}\t{(user * 7 + event) % NUM_MOVIES + 1}\t{user % 5 + 1}\t{880_000_000 + 600 * event}"
+        for user in range(1, NUM_USERS + 1)
+        for event in range(5 + user % 10)
+    ]
+    (folder / "u.item").write_text("\n".join(movies) + "\n", encoding="iso-8859-1")
+    (folder / "u.data").write_text("\n".join(sorted(ratings)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_config(
+    movielens_folder: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Config]:
+    """Config of a training run that takes a second: the data of ``movielens_folder``, a random Llama, one layer."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def config(*overrides: str) -> Config:
+        return compose(
+            [
+                f"dataset.root={movielens_folder}",
+                "dataset.check_counts=false",
+                "dataset.batch_size=8",
+                f"llm.model={tiny_llama}",
+                "llm.wheel=null",
+                "llm.gguf_file=null",
+                "llm.name=tiny",
+                "llm.max_tokens=64",
+                "llm.dtype=float32",
+                "llm.device=cpu",
+                f"cache_dir={cache}",
+                "logger=csv",
+                "user.num_layers=1",
+                "user.dim=16",
+                "optimizer.lr=0.01",
+                "trainer.max_epochs=3",
+                "trainer.accelerator=cpu",
+                "trainer.enable_progress_bar=false",
+                "trainer.log_every_n_steps=1",
+                "evaluation.ks=[5,10]",
+                "evaluation.bucket_edges=[1,10,14]",
+                *overrides,
+            ]
+        )
+
+    return config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    config: Config
+    folder: Path
+    evaluation: Evaluation
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def run_training(run_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Trains in a folder of its own."""
+
+    def run(*overrides: str) -> Run:
+        config, folder = run_config(*overrides), tmp_path_factory.mktemp("run")
+        with warnings.catch_warnings():
+            return Run(config, folder, train(config, folder))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def id_run(run_training: Callable[..., Run]) -> Run:
+    return run_training("items=id")
+
+
+@pytest.fixture(scope="session")
+def cached_run(run_training: Callable[..., Run]) -> Run:
+    return run_training("items=cached")

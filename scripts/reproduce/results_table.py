@@ -146,8 +146,8 @@ def main() -> None:
     users, seeds = len(rows[0].ndcg), len(rows[0].metrics)
     rate = mean(rows[0].values("hr@10"))
     about = (
-        f"{identity['dataset']}, protocol `{identity['protocol']}`: the whole catalogue ranked, history masked, ties at "
-        f"mid-rank; {users} test users; data `{identity['interactions']}`. Mean ± standard deviation over {seeds} seeds. "
+        f"{identity['dataset']}, protocol `{identity['protocol']}`: whole catalogue ranked, history masked, ties at "
+        f"mid-rank; {users} test users; data `{identity['interactions']}`. Mean ± sd over {seeds} seeds. "
         f"One standard error of hr@10 over users is {np.sqrt(rate * (1 - rate) / users):.3f}, whatever the seeds. "
         f"{date.today()}, commit `{environment['git']}`."
     )
