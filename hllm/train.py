@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer
 from hllm.cli import quiet_libraries, report_errors
 from hllm.config import CONF_DIR, Config, check
-from hllm.errors import CheckpointError, HllmError
-from hllm.evaluate import Evaluation, differences, evaluate, load_checkpoint
+from hllm.errors import HllmError
+from hllm.evaluate import Evaluation, evaluate
 from hllm.items.tower import CachedItems
 from hllm.report import full_report
+from hllm.resume import RandomState, take_over
 from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,10 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     write_run_info(config, run_dir)
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
-    if config.ckpt is not None:
-        _check_resumable(Path(config.ckpt), module.hparams["config"])
+    resumed = None if config.ckpt is None else take_over(Path(config.ckpt), config, run_dir)
     checkpoint = build_checkpoint(config, run_dir)
-    trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), [checkpoint])
-    trainer.fit(module, datamodule, ckpt_path=config.ckpt, weights_only=True)
+    trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), [checkpoint, RandomState()])
+    trainer.fit(module, datamodule, ckpt_path=resumed, weights_only=True)
     if not checkpoint.best_model_path:
         raise HllmError(f"training stopped before the first validation; nothing to evaluate in {run_dir}")
     fitted = time.perf_counter()
@@ -59,18 +59,6 @@ def train(config: Config, run_dir: Path) -> Evaluation:
         logger.finalize("success")
     print(f"\n{report}\n\nrun folder: {run_dir}")
     return evaluation
-
-
-def _check_resumable(path: Path, now: dict[str, object]) -> None:
-    """A run resumes only under the config it began with: another one could not hold its weights or its schedule."""
-    free = ("cache_dir", "ckpt", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
-    changed = [
-        difference
-        for difference in differences(load_checkpoint(path)["hyper_parameters"]["config"], now)
-        if not difference.startswith(free)
-    ]
-    if changed:
-        raise CheckpointError(f"ckpt={path} belongs to another config: {'; '.join(changed)}")
 
 
 @report_errors
