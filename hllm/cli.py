@@ -50,6 +50,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # metrics.csv stands in the run folder, beside config.yaml
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    # evaluation needs neither early stopping nor checkpointing
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")

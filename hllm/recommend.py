@@ -87,7 +87,11 @@ class Recommendations:
             raise ConfigError(f"new_items: items={self.config.items.name} knows only the items it was trained on")
         if known := set(self.catalog.ids) & set(new.ids):
             raise ConfigError(f"new_items: id {min(known)} is in the catalogue already")
-        old, added = self.module.items.table, self._embed(new)
+        try:
+            added = self._embed(new)
+        except ConfigError as error:  # a column of the template is not in the file
+            raise ConfigError(f"new_items: {error}") from error
+        old = self.module.items.table
         assert old is not None
         vectors = torch.cat([old.vectors, added.vectors.to(old.vectors.dtype)])
         self.module.items.attach(ItemTable([*old.ids, *added.ids], vectors, f"{old.fingerprint}+{added.fingerprint}"))
