@@ -74,7 +74,7 @@ def parse(schema: type[T], arguments: Sequence[str], usage: str) -> T:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value\n{usage}")
-        values[key.lstrip("-")] = value
+        values[key.lstrip("-")] = value.replace("${", r"\${")  # else OmegaConf would look it up
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), values)
     except OmegaConfBaseException as error:

@@ -26,6 +26,7 @@ def test_evaluate_prints_the_report_of_the_run(
     fixture: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run: Run = request.getfixturevalue(fixture)
+    capsys.readouterr()  # the run's own
     main([f"ckpt={run.best}", "accelerator=cpu"])
     assert capsys.readouterr().out.strip() == (run.folder / "report.md").read_text().strip()
 
