@@ -138,7 +138,7 @@ class Recommender(L.LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(config.warmup_ratio * total)
 
