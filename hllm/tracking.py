@@ -69,6 +69,7 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
 
 
 def _wandb_logger(config: Config, run_dir: Path) -> Logger:
+    os.environ.setdefault("WANDB_SILENT", "true")  # says where the run is on every start; we say it once
     import wandb  # half a second, and only runs that log to it need it
     from lightning.pytorch.loggers import WandbLogger
 
@@ -84,13 +85,18 @@ def _wandb_logger(config: Config, run_dir: Path) -> Logger:
             settings=wandb.Settings(silent=True, init_timeout=20),
         )
 
-    logger = start(wandb_offline(config.logger.wandb))
+    wandb.finish()  # the jobs of a sweep share a process: without this they would all go on with the first one's run
+    offline = wandb_offline(config.logger.wandb)
+    logger = start(offline)
     try:
         _ = logger.experiment  # connects
     except Exception as error:  # wandb raises many kinds; losing a run to its tracker would be worse
         log.warning("wandb cannot be reached (%s): logging offline; `wandb sync` uploads the run later", error)
         wandb.teardown()
-        logger = start(offline=True)
+        offline = True
+        logger = start(offline)
+    where = logger.experiment.dir if offline else logger.experiment.url
+    log.info("wandb run, %s: %s", "offline" if offline else "online", where)
     return logger
 
 
