@@ -33,9 +33,11 @@ def report_errors(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except (HllmError, OSError) as error:
             mendable = isinstance(error, HllmError) or error.errno in (ENOSPC, EDQUOT, EACCES, EPERM, EROFS)
-            if not mendable or (HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN):
+            if not mendable:
                 raise
             print(f"error: {error}", file=sys.stderr)
+            if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
             raise SystemExit(1) from error
 
     return wrapper

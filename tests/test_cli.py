@@ -1,5 +1,6 @@
 """Errors as one line, and key=value arguments."""
 
+import errno
 from dataclasses import dataclass
 
 import pytest
@@ -52,4 +53,24 @@ def test_a_defect_keeps_its_traceback() -> None:
         raise ValueError("ours")
 
     with pytest.raises(ValueError, match="ours"):
+        breaks()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_or_missing_rights_are_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @report_errors
+    def writes() -> None:
+        raise OSError(number, "no", "/run/metrics.json")
+
+    with pytest.raises(SystemExit):
+        writes()
+    assert capsys.readouterr().err == f"error: [Errno {number}] no: '/run/metrics.json'\n"
+
+
+def test_another_failure_of_the_system_keeps_its_traceback() -> None:
+    @report_errors
+    def breaks() -> None:
+        raise FileNotFoundError(errno.ENOENT, "no", "ours")
+
+    with pytest.raises(FileNotFoundError):
         breaks()

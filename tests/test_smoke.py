@@ -1,0 +1,49 @@
+"""The commands as a person types them."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hllm.config import CONF_DIR, Config
+from hllm.train import train
+
+EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml"))
+
+
+def run(module: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, f"hydra.run.dir={folder}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_train_prints_its_report_and_nothing_that_nobody_acts_on(movielens_folder: Path, tmp_path: Path) -> None:
+    done = run("hllm.train", tmp_path, "debug=smoke", f"dataset.root={movielens_folder}", "dataset.check_counts=false")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "report.md").read_text() in done.stdout
+    assert f"run folder: {tmp_path}" in done.stdout
+    assert "arning" not in done.stdout + done.stderr
+
+
+def test_a_data_error_is_one_line(tmp_path: Path) -> None:
+    done = run("hllm.train", tmp_path / "run", "debug=smoke", f"dataset.root={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: dataset.root={tmp_path}: holds neither")
+    assert "Traceback" not in done.stderr
+
+
+def test_embed_fills_the_cache_alone(movielens_folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    overrides = [f"dataset.root={movielens_folder}", "dataset.check_counts=false", f"cache_dir={tmp_path / 'cache'}"]
+    overrides += [f"llm.model={tiny_llama}", "llm.wheel=null", "llm.gguf_file=null", "llm.max_tokens=64"]
+    done = run("hllm.embed", tmp_path / "run", *overrides)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "movielens_100k: 30 items x 32 by smollm2_135m, mean cosine" in done.stdout
+    assert len(list((tmp_path / "cache" / "embeddings").glob("*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_two_steps(name: str, run_config: Callable[..., Config], tmp_path: Path) -> None:
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "evaluation.ks=[10]"]
+    config = run_config(f"experiment={name}", *short)
+    assert train(config, tmp_path).results["test"]["all"]["users"] == 40
