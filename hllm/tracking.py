@@ -69,35 +69,31 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
 
 
 def _wandb_logger(config: Config, run_dir: Path) -> Logger:
-    os.environ.setdefault("WANDB_SILENT", "true")  # says where the run is on every start; we say it once
     import wandb  # half a second, and only runs that log to it need it
     from lightning.pytorch.loggers import WandbLogger
 
-    def start(offline: bool) -> WandbLogger:
-        return WandbLogger(
+    def start(offline: bool) -> wandb.Run:
+        return wandb.init(
             project=config.logger.project,
             name=run_name(config),
             group=config.logger.group or f"{config.dataset.name}-{config.system}",
             tags=run_tags(config),
-            save_dir=run_dir,
-            offline=offline,
             config=to_plain(config),
+            dir=run_dir,
+            mode="offline" if offline else "online",
             settings=wandb.Settings(silent=True, init_timeout=20),
         )
 
     wandb.finish()  # the jobs of a sweep share a process: without this they would all go on with the first one's run
     offline = wandb_offline(config.logger.wandb)
-    logger = start(offline)
     try:
-        _ = logger.experiment  # connects
+        run = start(offline)
     except Exception as error:  # wandb raises many kinds; losing a run to its tracker would be worse
         log.warning("wandb cannot be reached (%s): logging offline; `wandb sync` uploads the run later", error)
         wandb.teardown()
-        offline = True
-        logger = start(offline)
-    where = logger.experiment.dir if offline else logger.experiment.url
-    log.info("wandb run, %s: %s", "offline" if offline else "online", where)
-    return logger
+        run = start(offline := True)
+    log.info("wandb run, %s: %s", "offline" if offline else "online", Path(run.dir).parent if offline else run.url)
+    return WandbLogger(experiment=run)
 
 
 def git_revision() -> str | None:

@@ -29,11 +29,14 @@ class ItemEmbeddingCache(L.Callback):
 
     def __init__(self, text: TextConfig, llm: LLMConfig, cache_dir: Path) -> None:
         self.text, self.llm, self.cache_dir = text, llm, cache_dir
+        self.table: ItemTable | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         items: Any = pl_module.items
-        items.attach(embed_catalog(datamodule.catalog, self.text, self.llm, self.cache_dir))
+        # a run sets up for fit, validate and test: the store is read and verified once
+        self.table = self.table or embed_catalog(datamodule.catalog, self.text, self.llm, self.cache_dir)
+        items.attach(self.table)
 
 
 def embed_catalog(catalog: Catalog, text: TextConfig, llm: LLMConfig, cache_dir: Path) -> ItemTable:

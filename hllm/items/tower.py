@@ -4,6 +4,7 @@ A tower is asked for unique ids only and what it returns is gathered, so an item
 it occurs. n ids, I catalogue items, E width of the Item LLM, D width of the user model.
 """
 
+import logging
 from abc import ABC, abstractmethod
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
 from hllm.items.store import ItemTable
+
+log = logging.getLogger(__name__)
 
 
 class ItemTower(nn.Module, ABC):
@@ -70,11 +73,17 @@ class CachedItems(ItemTower):
 
         A later table, of the same catalogue with new items say, replaces the vectors only.
         """
+        if table is self.table:
+            return
         first = self.table is None
         self.table, self.num_items, self.fingerprint = table, len(table.ids), table.fingerprint
         if first:
             self._create(table.vectors.float())
         self._transform()
+        log.info(
+            "mean cosine between items: %(mean_cosine_raw).3f as embedded, %(mean_cosine).3f after the transform",
+            self.statistics,
+        )
 
     def _create(self, vectors: Tensor) -> None:
         width = vectors.shape[1]
