@@ -138,7 +138,9 @@ class Recommender(L.LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        # under mixed precision a fused step would unscale gradients itself, and Lightning then refuses to clip them
+        fused = not str(self.trainer.precision).endswith("mixed")
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(config.warmup_ratio * total)
 

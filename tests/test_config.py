@@ -127,7 +127,7 @@ def test_values_that_do_not_go_together_are_refused(overrides: list[str], messag
     "overrides",
     [
         ["user.time_buckets=log", "user.time_reference=end", "dataset.train_rows=prefixes"],
-        ["user.time_reference=end"],  # without time buckets it means nothing
+        ["user.time_reference=end", "user.time_buckets=none"],  # without time buckets it means nothing
         ["head=dot", "head.temperature=2.0"],
         ["loss=nce", "loss.num_negatives=0"],
         ["trainer.gradient_clip_val=null"],

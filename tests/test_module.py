@@ -1,5 +1,6 @@
 """The LightningModule wires towers, head and loss as a step written out plainly does."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_padding_gets_no_gradient(module: Recommender, batch: Batch) -> None:
 
 
 def test_matrices_are_decayed_and_nothing_else(module: Recommender) -> None:
-    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
+    module._trainer = SimpleNamespace(estimated_stepping_batches=100, precision="32-true")
     decayed, rest = module.configure_optimizers()["optimizer"].param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
     assert {parameter.ndim for parameter in decayed["params"]} == {2}
@@ -83,7 +84,7 @@ def test_the_rate_warms_up_and_follows_its_schedule(
     module: Recommender, schedule: Schedule, expected: list[float]
 ) -> None:
     module.optimizer_config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_ratio=1 / 3)
-    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 6})()
+    module._trainer = SimpleNamespace(estimated_stepping_batches=6, precision="32-true")
     made = module.configure_optimizers()
     rates = []
     for _ in range(6):
