@@ -198,7 +198,7 @@ class LLMConfig:
             (self.model is None) != (self.wheel is None),
             "llm.model",
             self.model,
-            "give either llm.model (a hub name or a folder) or llm.wheel, not both",
+            "give either llm.model or llm.wheel; for a model of your own, llm=custom llm.model=FOLDER_OR_HUB_NAME",
         )
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,

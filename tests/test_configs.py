@@ -26,7 +26,7 @@ def test_the_tree_is_groups_of_files() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_file_composes_and_survives_a_checkpoint(option: str) -> None:
-    config = compose([option])
+    config = compose([option, *(["llm.model=folder"] if option == "llm=custom" else [])])
     group, name = option.split("=")
     if group in SCHEMAS:
         assert getattr(config, group).name == name

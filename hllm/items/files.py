@@ -18,7 +18,7 @@ SETTINGS = (".json", ".model", ".txt", ".jinja")
 "Config and tokenizer files."
 REMEDY = (
     "Choose llm=smollm2_135m or llm=minilm, which need no hub, or download the model elsewhere and give its folder as "
-    "llm.model=/folder"
+    "llm=custom llm.model=/folder"
 )
 
 
