@@ -58,7 +58,7 @@ class Recommender(L.LightningModule):
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         "Split -> group of targets -> metric, after each evaluation; the splits are val, test and popularity."
         self.test_ranks: list[tuple[Tensor, Tensor, Tensor]] = []
-        "(B,) user numbers, target ids and target ranks of each test batch of this process, for paired comparisons."
+        "(B,) user numbers, target ids and target ranks of each test batch of all processes, for paired comparisons."
         self._catalogue: Tensor | None = None
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
@@ -122,6 +122,10 @@ class Recommender(L.LightningModule):
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.test_ranks)
+            self.test_ranks = [batch for part in parts for batch in part]
         self._log_metrics("test", self.test_metrics)
         self._log_metrics("popularity", self.popularity_metrics)
 

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from hllm.config import Config, WandbMode, to_plain
@@ -64,7 +65,8 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
     """metrics.csv in the run folder always, and wandb unless disabled."""
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
     if config.logger.wandb is not WandbMode.disabled:
-        loggers.append(_wandb_logger(config, run_dir))
+        wandb_logger = rank_zero_only(_wandb_logger)(config, run_dir)  # one of several processes
+        loggers += [] if wandb_logger is None else [wandb_logger]
     return loggers
 
 
@@ -130,7 +132,7 @@ def write_ranks(path: Path, module: Recommender, datamodule: SequenceDataModule)
     users, targets, ranks = (torch.cat(column).numpy() for column in zip(*module.test_ranks, strict=True))
     ids = np.array(datamodule.catalog.ids)
     names = {"user": datamodule.interactions.users[users], "target": ids[targets - 1], "rank": ranks}
-    pl.DataFrame(names).write_parquet(path)
+    pl.DataFrame(names)[np.argsort(users)].write_parquet(path)
 
 
 def write_json(path: Path, content: Any) -> None:

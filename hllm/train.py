@@ -50,14 +50,16 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     if isinstance(module.items, CachedItems):
         for logger in trainer.loggers:
             logger.log_metrics({f"items/{name}": value for name, value in module.items.statistics.items()})
-    seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
-    report = full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}")
-    write_json(run_dir / "metrics.json", {**evaluation.plain(), "epochs": trainer.current_epoch, "seconds": seconds})
-    write_ranks(run_dir / "ranks.parquet", module, datamodule)
-    (run_dir / "report.md").write_text(report + "\n")
     for logger in trainer.loggers:
         logger.finalize("success")
-    print(f"\n{report}\n\nrun folder: {run_dir}")
+    if trainer.is_global_zero:
+        seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
+        report = full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}")
+        content = {**evaluation.plain(), "epochs": trainer.current_epoch, "seconds": seconds}
+        write_json(run_dir / "metrics.json", content)
+        write_ranks(run_dir / "ranks.parquet", module, datamodule)
+        (run_dir / "report.md").write_text(report + "\n")
+        print(f"\n{report}\n\nrun folder: {run_dir}")
     return evaluation
 
 

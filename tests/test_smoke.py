@@ -1,11 +1,14 @@
 """The commands as a person types them."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
+from conftest import NUM_USERS, Run
 
 from hllm.config import CONF_DIR, Config
 from hllm.train import train
@@ -24,6 +27,22 @@ def test_train_prints_its_report_and_nothing_that_nobody_acts_on(movielens_folde
     assert (tmp_path / "report.md").read_text() in done.stdout
     assert f"run folder: {tmp_path}" in done.stdout
     assert "arning" not in done.stdout + done.stderr
+
+
+def test_two_processes_count_every_user_once(movielens_folder: Path, id_run: Run, tmp_path: Path) -> None:
+    """Popularity does not depend on training, so its numbers are those of one process to the last digits."""
+    overrides = [
+        "debug=smoke",
+        f"dataset.root={movielens_folder}",
+        "dataset.check_counts=false",
+        "evaluation.ks=[5,10]",
+    ]
+    done = run("hllm.train", tmp_path, *overrides, "trainer.devices=2", "trainer.accelerator=cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "metrics.json").read_text())["results"]["popularity"]["all"]
+    assert found == pytest.approx(id_run.evaluation.results["popularity"]["all"], rel=1e-12)
+    assert pl.read_parquet(tmp_path / "ranks.parquet")["user"].to_list() == [str(u) for u in range(1, NUM_USERS + 1)]
+    assert done.stdout.count("run folder:") == 1
 
 
 def test_a_data_error_is_one_line(tmp_path: Path) -> None:
