@@ -493,11 +493,9 @@ class Config:
     @property
     def system(self) -> str:
         """Short name of the system: what stands in tables beside the loss."""
-        return (
-            f"hllm-{self.llm.name}"
-            if isinstance(self.items, CachedItemsConfig)
-            else f"{self.items.name}-{self.user.name}"
-        )
+        if isinstance(self.items, CachedItemsConfig):
+            return f"hllm-{self.llm.name}"
+        return "sasrec" if isinstance(self.user, TransformerConfig) else f"{self.items.name}-{self.user.name}"
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

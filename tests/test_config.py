@@ -141,7 +141,7 @@ def test_values_at_the_edge_of_the_rules_are_taken(overrides: list[str]) -> None
 
 def test_the_system_is_named_after_what_tells_items_apart() -> None:
     assert compose(["llm=minilm"]).system == "hllm-minilm"
-    assert compose(["items=id"]).system == "id-transformer"
+    assert compose(["items=id"]).system == "sasrec"
 
 
 def test_metric_names_follow_the_list_lengths() -> None:

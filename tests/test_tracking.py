@@ -87,7 +87,7 @@ def test_a_run_logs_to_wandb_offline_inside_its_folder(
         run = run_training("items=id", "logger=wandb", "trainer.max_epochs=1", f"seed={seed}")
         assert len(list(run.folder.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert configs[0]["mode"] == "offline"
-    assert configs[0]["group"] == "movielens_100k-id-transformer"
+    assert configs[0]["group"] == "movielens_100k-sasrec"
     assert configs[0]["config"]["user"]["num_layers"] == 1
 
 
