@@ -26,6 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr")
 MARKERS = "<!-- results: scripts/reproduce -->", "<!-- end of results -->"
 BASELINE = "sasrec"
+KNOWN = {
+    "movielens_100k": """Known points on the same split, candidates and masking, from a run of torch-rechub 0.9.0 on 2
+CPU cores: popularity hr@10 .0848, ndcg@10 .0435 (ties broken by sort order); its light HLLM on MiniLM vectors (mean
+pooling, 2 layers, L=50) after two epochs over a random quarter of its prefix rows, .1060 / .0533, which is not its
+converged accuracy."""
+}
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ def main() -> None:
         "Written by `scripts/reproduce/`; each row is an experiment file of `conf/experiment/`.",
         about,
         main_table(rows, METRICS),
+        KNOWN.get(identity["dataset"], ""),
         f"![NDCG@10 overall and by target frequency]({picture.name})",
         "## What the differences are worth",
         "NDCG@10 of each user, mean over seeds, minus the same user's under the id baseline with the same loss.",
