@@ -75,7 +75,9 @@ class Recommender(L.LightningModule):
         users = self(batch, ids, vectors)[supervised]  # (N, D)
         loss: Tensor = self.loss(users, _lookup(candidates.ids, ids, vectors), candidates, targets, self.head)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        self.log("train/negatives", candidates.negative.sum().float() - 1, batch_size=len(targets))
+        # a target among the negatives is none for its own position
+        own = _lookup(targets, candidates.ids, candidates.negative[:, None].float()).mean()
+        self.log("train/negatives", candidates.negative.sum() - own, batch_size=len(targets))
         if self.head.learned:
             self.log("train/temperature", 1 / self.head.scale(), batch_size=len(targets))
         return loss
