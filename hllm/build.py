@@ -1,16 +1,20 @@
 """Checked config -> datamodule, module, callbacks, trainer: the one place that knows which config makes which class."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra.utils import get_class
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from hllm.config import CachedItemsConfig, Config, IdItemsConfig, to_plain
+from hllm.config import CachedItemsConfig, Config, Dtype, IdItemsConfig, to_plain
 from hllm.data.base import SequenceDataModule
 from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
+from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16
 from hllm.items.cache import ItemEmbeddingCache
 from hllm.items.tower import CachedItems, IdItems, ItemTower
 from hllm.module import Recommender
@@ -18,6 +22,18 @@ from hllm.module import Recommender
 
 def cache_dir(config: Config) -> Path:
     return Path(config.cache_dir).expanduser()
+
+
+def pin_dtype(config: Config) -> Config:
+    """The config with ``llm.dtype=auto`` replaced by what that is here.
+
+    Item vectors depend on it: a checkpoint that says auto could not be used on a machine where it is another dtype.
+    """
+    if not isinstance(config.items, CachedItemsConfig):
+        return config
+    device = choose_device(config.llm.device)
+    dtype = Dtype(str(choose_dtype(config.llm.dtype, device, has_fast_bfloat16(device))).removeprefix("torch."))
+    return replace(config, llm=replace(config.llm, dtype=dtype))
 
 
 def build_datamodule(config: Config) -> SequenceDataModule:
@@ -84,25 +100,30 @@ def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callback
         config.callbacks.monitor, mode="max", patience=config.callbacks.patience, check_finite=True
     )
     c = config.trainer
-    return L.Trainer(
-        default_root_dir=run_dir,
-        max_epochs=c.max_epochs,
-        accelerator=c.accelerator,
-        devices=c.devices,
-        precision=c.precision,  # type: ignore[arg-type]  # checked against the schema's list
-        gradient_clip_val=c.gradient_clip_val,
-        accumulate_grad_batches=c.accumulate_grad_batches,
-        limit_train_batches=c.limit_train_batches,
-        limit_val_batches=c.limit_val_batches,
-        limit_test_batches=c.limit_test_batches,
-        overfit_batches=c.overfit_batches,
-        log_every_n_steps=c.log_every_n_steps,
-        enable_progress_bar=c.enable_progress_bar,
-        enable_model_summary=False,
-        profiler=c.profiler,
-        detect_anomaly=c.detect_anomaly,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the datamodule brings samplers that count each user once
-        logger=loggers,
-        callbacks=[*item_callbacks(config), stopping, *callbacks],
-    )
+    # not Lightning's auto: it would take Apple's GPU, which lacks the metrics' float64
+    auto = "gpu" if torch.cuda.is_available() else "cpu"
+    try:
+        return L.Trainer(
+            default_root_dir=run_dir,
+            max_epochs=c.max_epochs,
+            accelerator=auto if c.accelerator == "auto" else c.accelerator,
+            devices=c.devices,
+            precision=c.precision,  # type: ignore[arg-type]  # checked against the schema's list
+            gradient_clip_val=c.gradient_clip_val,
+            accumulate_grad_batches=c.accumulate_grad_batches,
+            limit_train_batches=c.limit_train_batches,
+            limit_val_batches=c.limit_val_batches,
+            limit_test_batches=c.limit_test_batches,
+            overfit_batches=c.overfit_batches,
+            log_every_n_steps=c.log_every_n_steps,
+            enable_progress_bar=c.enable_progress_bar,
+            enable_model_summary=False,
+            profiler=c.profiler,
+            detect_anomaly=c.detect_anomaly,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the datamodule brings samplers that count each user once
+            logger=loggers,
+            callbacks=[*item_callbacks(config), stopping, *callbacks],
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={c.accelerator} trainer.devices={c.devices}: {error}") from error

@@ -390,7 +390,7 @@ class TrainerConfig:
         for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
             if (value := getattr(self, name)) is not None:
                 _at_least(f"trainer.{name}", value, 1)
-        accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
+        accelerators = ("auto", "cpu", "gpu", "cuda")
         _require(self.accelerator in accelerators, "trainer.accelerator", self.accelerator, f"choose of {accelerators}")
         precisions = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
         _require(self.precision in precisions, "trainer.precision", self.precision, f"choose of {precisions}")

@@ -1,7 +1,6 @@
 """python -m hllm.evaluate ckpt=...: the numbers of a checkpoint again, to the last digit."""
 
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -77,23 +76,13 @@ def checkpoint_config(path: Path, root: str | None, cache_dir: str | None) -> Co
     return replace(config, dataset=dataset, cache_dir=cache_dir or config.cache_dir)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Each key whose value differs: 'user.num_layers was 2, now 3'."""
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key} was {before}, now {after}"
-
-
 @report_errors
 def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, sys.argv[1:] if arguments is None else arguments, USAGE)
     quiet_libraries()
     path = Path(options.ckpt)
     config = checkpoint_config(path, options.root, options.cache_dir)
-    config = replace(config, trainer=replace(config.trainer, accelerator=options.accelerator))
+    config = replace(config, trainer=replace(config.trainer, accelerator=options.accelerator, devices=1))
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
     trainer = build_trainer(config, path.parent, loggers=[], callbacks=[])

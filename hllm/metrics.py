@@ -10,6 +10,7 @@ B users, I catalogue items, G groups.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -72,7 +73,8 @@ class RankingMetrics(Metric):
         gains = hits / torch.log2(ranks + 2)[:, None]
         values = torch.cat([torch.stack([hits, gains], dim=2).flatten(1), 1 / (ranks + 1)[:, None]], dim=1)
         group = torch.bucketize(target_counts, torch.tensor(self.edges, device=ranks.device), right=True)
-        self.sums.index_add_(0, group, values)
+        # a product, because adding by index is not deterministic on a GPU
+        self.sums += F.one_hot(group, len(self.users)).double().T @ values
         self.users += torch.bincount(group, minlength=len(self.users))
         self.ties += (ties > 0).sum()
 

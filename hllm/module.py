@@ -89,7 +89,7 @@ class Recommender(L.LightningModule):
         encoded = self(batch, ids, catalogue)
         last = batch.mask.sum(1) - 1
         scores: Tensor = self.head(encoded[torch.arange(len(batch), device=last.device), last], catalogue)
-        return scores.float()
+        return scores
 
     def catalogue(self) -> Tensor:
         """(I, D) item vectors, encoded once an evaluation."""

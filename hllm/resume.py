@@ -1,6 +1,7 @@
 """Going on from a last.ckpt in a run folder of its own, as if the run had never stopped."""
 
 import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,26 @@ import torch
 from hllm.config import Config, to_plain
 from hllm.disk import write_whole
 from hllm.errors import CheckpointError
-from hllm.evaluate import differences, load_checkpoint
+from hllm.evaluate import load_checkpoint
 
 FREE = ("cache_dir", "ckpt", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
 "Flags that may differ: they change neither weights nor schedule."
 
 
 class RandomState(L.Callback):
-    """Keeps torch's random state in checkpoints: a resumed run shuffles, and on a CPU drops, as the unbroken one."""
+    """Keeps torch's random state in checkpoints: a resumed run shuffles, drops and samples as the unbroken one.
+
+    Of several processes the first one's state is kept, and given to all.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        return {"torch": torch.get_rng_state()}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": torch.get_rng_state(), "cuda": cuda}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         torch.set_rng_state(state_dict["torch"].cpu())
+        if len(state_dict["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
 
 
 def take_over(ckpt: Path, config: Config, run_dir: Path) -> Path:
@@ -60,3 +67,13 @@ def _write_moved(checkpoint: dict[str, Any], folder: Path, name: str, has_best: 
     torch.save(checkpoint, buffer)
     write_whole(folder / name, buffer.getvalue())
     return folder / name
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each key whose value differs: 'user.num_layers was 2, now 3'."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {before}, now {after}"

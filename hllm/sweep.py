@@ -75,7 +75,10 @@ def sweep_report(header: list[str], rows: list[Row]) -> str:
     """Every run as a row of test metrics, and below it mean and standard deviation over seeds where there are some."""
     names = [key for key in header if key.startswith("test/")]
     columns = ["job", "overrides", "seed", *names]
-    runs = [[_cell(row.get(key, "failed")) for key in columns] for row in rows]
+    runs = []
+    for row in rows:
+        absent = "" if any(name in row for name in names) else "failed"
+        runs.append([_cell(row.get(key, absent)) for key in columns])
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if names and names[0] in row:

@@ -17,13 +17,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
+from hllm import __version__
 from hllm.config import Config, WandbMode, to_plain
 from hllm.data.base import SequenceDataModule
 from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("hllm", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "polars", "numpy")
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "hydra-core", "polars", "numpy")
 
 
 def run_name(config: Config) -> str:
@@ -64,7 +65,7 @@ def wandb_offline(mode: WandbMode) -> bool:
 def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
     """metrics.csv in the run folder always, and wandb unless disabled."""
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
-    if config.logger.wandb is not WandbMode.disabled:
+    if config.logger.wandb is not WandbMode.disabled and os.environ.get("WANDB_MODE") != "disabled":
         wandb_logger = rank_zero_only(_wandb_logger)(config, run_dir)  # one of several processes
         loggers += [] if wandb_logger is None else [wandb_logger]
     return loggers
@@ -100,18 +101,21 @@ def _wandb_logger(config: Config, run_dir: Path) -> Logger:
 
 def git_revision() -> str | None:
     """Commit of the checkout this package runs from, with '-dirty' for uncommitted changes; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # a package installed somewhere below another project's checkout is not of that project's revision
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine, so that a number can be traced."""
     return {
         "git": git_revision(),
+        "hllm": __version__,
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "machine": platform.machine(),

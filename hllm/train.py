@@ -1,6 +1,6 @@
 """python -m hllm.train: compose -> check -> build -> fit -> test, with Hydra overrides.
 
-``train`` returns the metric that a sweep optimises, so that any Hydra sweeper can drive it.
+The command hands Hydra the metric that a sweep optimises, so that any Hydra sweeper can drive it.
 """
 
 import logging
@@ -10,12 +10,13 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer
+from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer, pin_dtype
 from hllm.cli import quiet_libraries, report_errors
 from hllm.config import CONF_DIR, Config, check
-from hllm.errors import HllmError
+from hllm.errors import ConfigError, HllmError
 from hllm.evaluate import Evaluation, evaluate
 from hllm.items.tower import CachedItems
 from hllm.report import full_report
@@ -30,10 +31,11 @@ def train(config: Config, run_dir: Path) -> Evaluation:
 
     Args:
         config: checked.
-        run_dir: gets config.yaml, environment.json, metrics.csv (a row an epoch), metrics.json and report.md (the best
+        run_dir: gets config.yaml, environment.json, metrics.csv (the curves), metrics.json and report.md (the best
             checkpoint's results), ranks.parquet (each test user's rank) and checkpoints/.
     """
     quiet_libraries()
+    config = pin_dtype(config)
     started = time.perf_counter()
     L.seed_everything(config.seed, workers=True, verbose=False)
     write_run_info(config, run_dir)
@@ -66,6 +68,11 @@ def train(config: Config, run_dir: Path) -> Evaluation:
 @report_errors
 def _run(cfg: DictConfig) -> float:
     config = check(cfg)
+    if config.trainer.devices > 1 and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}: a sweep runs each job on one device, because the other "
+            "processes of a job would start the whole sweep again"
+        )
     results = train(config, Path(HydraConfig.get().runtime.output_dir)).results
     split, name = config.optimized_metric.split("/")
     return results[split]["all"][name]

@@ -10,7 +10,8 @@ import torch
 from conftest import Run
 
 from hllm.errors import CheckpointError, ConfigError
-from hllm.evaluate import checkpoint_config, differences, load_checkpoint, main
+from hllm.evaluate import checkpoint_config, load_checkpoint, main
+from hllm.resume import differences
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], entry: Callable[[list[str]], None] = main) -> str:

@@ -139,7 +139,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
         if shuffle:
-            return DistributedSampler(dataset, shuffle=True)
+            return DistributedSampler(dataset, shuffle=True, seed=torch.initial_seed() % 2**32)
         # Lightning's own choice repeats rows to even out the ranks, which would count users twice
         return UnrepeatedDistributedSampler(dataset, shuffle=False)
 

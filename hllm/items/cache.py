@@ -79,7 +79,7 @@ def _parts(catalog: Catalog, texts: list[str], llm: LLMConfig, files: LLMFiles, 
     device = choose_device(llm.device)
     return {
         "texts": texts_digest(catalog.ids, texts),
-        "llm": files.name,
+        "llm": Path(files.name).name,  # a local folder may move
         "revision": llm.revision,
         "weights": weights_digest(files, cache_dir),
         "pooling": llm.pooling.value,

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS = (".json", ".model", ".txt", ".jinja")
 "Config and tokenizer files."
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+"A model needs one of these."
 REMEDY = (
     "Choose llm=smollm2_135m or llm=minilm, which need no hub, or download the model elsewhere and give its folder as "
     "llm=custom llm.model=/folder"
@@ -48,6 +50,8 @@ class LLMFiles:
             return self.gguf_file or "*.safetensors"
         if self.gguf_file is None and not (self.folder / "config.json").is_file():
             return "config.json"
+        if self.gguf_file is None and not any((self.folder / name).is_file() for name in TOKENIZERS):
+            return " or ".join(TOKENIZERS)
         for index in self.folder.glob(f"*{self.weights()[0].suffix}.index.json"):
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             return next((shard for shard in shards if not (self.folder / shard).is_file()), None)
@@ -92,25 +96,34 @@ def _whole(files: LLMFiles) -> LLMFiles:
 def _from_hub(llm: LLMConfig, name: str) -> LLMFiles:
     """A snapshot in the hub's own cache, which other programs share; the network is only asked if it is incomplete."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        try:
-            files = LLMFiles(name, Path(snapshot_download(name, revision=llm.revision, local_files_only=True)))
-            files = LLMFiles(name, files.folder, llm.gguf_file)
-            if files.missing() is None:
-                return files
-        except LocalEntryNotFoundError:
-            pass
+        local = _local_snapshot(llm, name)
+        if local is not None and (files := LLMFiles(name, local, llm.gguf_file)).missing() is None:
+            return files
         # asked first because it fails at once without a network, where the download retries for half a minute
         info = HfApi().model_info(name, revision=llm.revision, timeout=20)
         wanted = _wanted([file.rfilename for file in info.siblings or []], llm.gguf_file)
         log.info("fetching %s from the hub", name)
-        folder = snapshot_download(name, revision=info.sha, allow_patterns=wanted)
+        # by the name of the revision, not by its commit: only so the hub's cache can be asked for that name offline
+        folder = snapshot_download(name, revision=llm.revision, allow_patterns=wanted)
     except Exception as error:  # the hub client's errors share no base class: HTTP, socket, cache, name and licence
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LLMError(f"llm.model={name}: cannot be had from the Hugging Face hub ({reason}). {REMEDY}") from error
     return _whole(LLMFiles(name, Path(folder), llm.gguf_file))
+
+
+def _local_snapshot(llm: LLMConfig, name: str) -> Path | None:
+    """The folder of an earlier download, whole or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=llm.revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # files that were left out on purpose make a snapshot incomplete for hub clients from 2.4 on
+        folder = getattr(error, "snapshot_path", None)
+        return None if folder is None else Path(folder)
 
 
 def _wanted(names: list[str], gguf_file: str | None) -> list[str]:

@@ -52,7 +52,7 @@ def test_hub_download_takes_one_form_of_the_weights(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
     assert locate(llm_config(Path("org/name")), tmp_path).folder == tiny_llama
-    assert asked[1] == {"revision": "abc", "allow_patterns": ["model.safetensors", "config.json", "tokenizer.model"]}
+    assert asked[1] == {"revision": None, "allow_patterns": ["model.safetensors", "config.json", "tokenizer.model"]}
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all"])
