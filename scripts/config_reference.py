@@ -6,8 +6,9 @@ python scripts/config_reference.py --check    fail when it is out of date (the t
 
 import ast
 import inspect
+import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ Written by `scripts/config_reference.py` from `hllm/config.py` and `conf/`; do n
 
 `python -m hllm.train GROUP=NAME GROUP.KEY=VALUE ...` chooses a file of `conf/GROUP/` and overrides single values;
 `-m` with comma lists sweeps. `python -m hllm.embed` takes the same flags. Every wrong key, type, range and combination
-fails while composing, naming the flag. A default in a table is the schema's; files of the group may set another one,
-which `python -m hllm.train --cfg job` shows.
+fails while composing, naming the flag. Defaults are those of `python -m hllm.train` without flags, or with the choice
+above the table; another file of the group may set others, which `python -m hllm.train GROUP=NAME --cfg job` shows.
 """
 
 
@@ -44,28 +45,21 @@ def help_strings(schema: type) -> dict[str, str]:
     return found
 
 
-def default_text(field: Any) -> str:
-    value = field.default if field.default is not MISSING else None
-    if field.default_factory is not MISSING:
-        value = field.default_factory()
-    if value == "???":
-        return "set by the group's file"
+def value_text(value: Any) -> str:
     if isinstance(value, Enum):
         return f"`{value.name}` of {', '.join(f'`{choice.name}`' for choice in type(value))}"
     return "unset" if value is None else f"`{value}`"
 
 
-def table(flag: str, schema: type) -> list[str]:
-    """The schema's fields; a nested schema's after them, under its own prefix."""
-    helps, rows, nested = help_strings(schema), [], []
-    for field in fields(schema):
-        inner = next(
-            (t for t in (field.type, *getattr(field.type, "__args__", ())) if hasattr(t, "__dataclass_fields__")), None
-        )
-        if inner is not None:
-            nested += table(f"{flag}{field.name}.", inner)
+def table(flag: str, composed: Any) -> list[str]:
+    """The fields of a composed group; a nested one's after them, under its own prefix."""
+    helps, rows, nested = help_strings(type(composed)), [], []
+    for field in fields(composed):
+        value = getattr(composed, field.name)
+        if is_dataclass(value):
+            nested += table(f"{flag}{field.name}.", value)
         else:
-            rows.append(f"| `{flag}{field.name}` | {default_text(field)} | {helps.get(field.name, '')} |")
+            rows.append(f"| `{flag}{field.name}` | {value_text(value)} | {helps.get(field.name, '')} |")
     return rows + nested
 
 
@@ -80,19 +74,22 @@ def files_of(group: str) -> list[str]:
 
 
 def document() -> str:
+    os.environ.pop("HLLM_CACHE", None)  # a person's own setting is not the default
     header = ["| flag | default | meaning |", "| --- | --- | --- |"]
-    parts = [INTRODUCTION, "## Top level\n"]
-    groups = {field.name: field.type for field in fields(config.Config) if hasattr(field.type, "__dataclass_fields__")}
-    top = [row for row in table("", config.Config) if "." not in row.split("`")[1]]
-    parts.append("\n".join([*header, *top]) + "\n")
-    for group, base in groups.items():
+    composed = config.compose([])
+    groups = [field.name for field in fields(composed) if is_dataclass(getattr(composed, field.name))]
+    top = [row for row in table("", composed) if "." not in row.split("`")[1]]
+    parts = [INTRODUCTION, "## Top level\n", "\n".join([*header, *top]) + "\n"]
+    for group in groups:
         parts.append(f"## {group}\n")
         if (ROOT / "conf" / group).is_dir():
             parts.append("\n".join(files_of(group)) + "\n")
-        for name, schema in config.SCHEMAS.get(group, {"base": base}).items():
-            if name != "base":
-                parts.append(f"`{group}={name}`:\n")
-            parts.append("\n".join([*header, *table(f"{group}.", schema)]) + "\n")
+        named = [name for name in config.SCHEMAS.get(group, {}) if name != "base"]
+        for choice in [f"{group}={name}" for name in named] or [None]:
+            if choice:
+                parts.append(f"`{choice}`:\n")
+            chosen = getattr(config.compose([choice] if choice else []), group)
+            parts.append("\n".join([*header, *table(f"{group}.", chosen)]) + "\n")
     for group in ("experiment", "sweep", "debug"):
         parts.append(f"## {group}\n")
         parts.append("\n".join(files_of(group)) + "\n")

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import yaml
 
 from hllm.report import text_table
 
@@ -32,6 +33,12 @@ CPU cores: popularity hr@10 .0848, ndcg@10 .0435 (ties broken by sort order); it
 pooling, 2 layers, L=50) after two epochs over a random quarter of its prefix rows, .1060 / .0533, which is not its
 converged accuracy."""
 }
+ABOUT_BASELINE = (
+    "`sasrec` is the same user transformer on a learned vector an item instead of LLM vectors: causal, pre-norm, with "
+    "positions and the time since the previous event, a cosine head and the named loss. The SASRec of the paper has "
+    "no time, a dot product and binary cross entropy. Each row is one config; what was tried for each is in "
+    "[the log](log.md)."
+)
 
 
 @dataclass(frozen=True)
@@ -62,20 +69,32 @@ def user_ndcg(run: Path) -> npt.NDArray[np.float64]:
 
 
 def read_rows(folders: list[Path]) -> tuple[list[Row], dict[str, str], dict[str, str]]:
-    """Rows by experiment, the data's identity, and the environment of the last run."""
+    """Rows by experiment, the data's identity, and the environment, with the commits of all runs.
+
+    Raises:
+        SystemExit: rows of different seeds, or on different data: their means could not be compared.
+    """
     runs: dict[str, list[Path]] = {}
+    seeds: dict[str, set[int]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*/metrics.json")):
-        config = (path.parent / "config.yaml").read_text()
-        name = next(line for line in config.splitlines() if line.startswith("experiment_name:")).split()[-1]
-        runs.setdefault(name, []).append(path.parent)
-    rows = []
+        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        runs.setdefault(config["experiment_name"], []).append(path.parent)
+        seeds.setdefault(config["experiment_name"], set()).add(config["seed"])
+    if len({tuple(sorted(found)) for found in seeds.values()}) != 1:
+        raise SystemExit(f"error: every experiment needs the same seeds, found {seeds}")
+    rows, data, commits = [], set(), set()
     for name, paths in runs.items():
         records = [json.loads((path / "metrics.json").read_text()) for path in paths]
+        environments = [json.loads((path / "environment.json").read_text()) for path in paths]
+        data |= {record["identity"]["interactions"] for record in records}
+        commits |= {str(environment["git"]) for environment in environments}
         ndcg = np.mean([user_ndcg(path) for path in paths], axis=0)
         seconds = mean(record["seconds"]["total"] for record in records)
         rows.append(Row(name, [record["results"] for record in records], ndcg, seconds))
+    if len(data) != 1:
+        raise SystemExit(f"error: the runs are on different data: {data}")
     rows.sort(key=lambda row: (row.loss, BASELINE not in row.name, row.name))
-    return rows, records[-1]["identity"], json.loads((paths[-1] / "environment.json").read_text())
+    return rows, records[-1]["identity"], environments[-1] | {"git": ", ".join(sorted(commits))}
 
 
 def main_table(rows: list[Row], metrics: tuple[str, ...]) -> str:
@@ -126,7 +145,7 @@ def plot(rows: list[Row], path: Path) -> None:
     left.set_yticks(range(len(rows)), names)
     left.invert_yaxis()
     left.set_xlabel("NDCG@10, mean and sd over seeds")
-    left.legend()
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     width = 0.8 / len(rows)
     for place, row in enumerate(rows):
         means = [mean(row.values("ndcg@10", group)) for group in groups]
@@ -168,6 +187,7 @@ def main() -> None:
         "Written by `scripts/reproduce/`; each row is an experiment file of `conf/experiment/`.",
         about,
         main_table(rows, METRICS),
+        ABOUT_BASELINE,
         KNOWN.get(identity["dataset"], ""),
         f"![NDCG@10 overall and by target frequency]({picture.name})",
         "## What the differences are worth",
