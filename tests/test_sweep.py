@@ -92,3 +92,9 @@ def test_a_sweep_ends_with_its_table(tmp_path: Path, movielens_folder: Path) -> 
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "sweep.md").read_text() in done.stdout
     assert len({row["test/mrr"] for row in sweep_rows(tmp_path)}) == 3  # two jobs and the floor
+
+
+def test_a_sweep_over_several_devices_is_refused(tmp_path: Path, movielens_folder: Path) -> None:
+    done = sweep(tmp_path, movielens_folder, "trainer.devices=2", "trainer.accelerator=cpu")
+    assert done.returncode != 0
+    assert "error: trainer.devices=2: a sweep runs each job on one device" in done.stderr

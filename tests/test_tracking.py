@@ -121,3 +121,8 @@ def test_the_environment_names_revision_and_machine() -> None:
 def test_outside_of_a_checkout_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_revision() is None
+
+
+def test_wandb_switched_off_by_its_own_variable_stays_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert [type(logger) for logger in build_loggers(compose([]), tmp_path)] == [CSVLogger]

@@ -12,7 +12,8 @@ from conftest import NUM_MOVIES, NUM_USERS, Run
 
 from hllm.config import Config, from_plain, to_plain
 from hllm.data.schema import Batch
-from hllm.errors import CheckpointError
+from hllm.errors import CheckpointError, ConfigError
+from hllm.evaluate import load_checkpoint
 from hllm.module import Recommender
 from hllm.train import train
 
@@ -214,3 +215,14 @@ def test_a_diverging_run_says_so(run_training: Callable[..., Run]) -> None:
 
 def test_the_config_that_was_checked_is_the_one_that_is_stored(id_run: Run) -> None:
     assert torch.load(id_run.best, weights_only=True)["hyper_parameters"]["config"] == to_plain(id_run.config)
+
+
+def test_a_checkpoint_says_which_dtype_its_vectors_have(cached_run: Run) -> None:
+    stored = load_checkpoint(cached_run.folder / "checkpoints" / "best.ckpt")["hyper_parameters"]["config"]
+    assert stored["llm"]["dtype"] in ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_device_that_is_not_there_is_named(run_training: Callable[..., Run]) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu trainer\.devices=1: "):
+        run_training("items=id", "trainer.accelerator=gpu")

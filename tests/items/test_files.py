@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import IncompleteSnapshotError
 
 from hllm.config import LLMConfig
 from hllm.errors import LLMError
@@ -106,3 +107,20 @@ def test_digest_sees_every_byte_and_reads_each_file_once(
     (cache / "digests.json").write_text("torn")
     assert weights_digest(subject, cache) == second
     assert weights_digest(subject, tmp_path / "no such cache") == second
+
+
+def test_a_downloaded_model_is_found_without_the_network(
+    llm_config: Config, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def incomplete(name: str, **options: object) -> str:  # as the hub client calls what was left out on purpose
+        raise IncompleteSnapshotError("README.md is missing", str(tiny_llama))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", incomplete)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: pytest.fail("network asked"))
+    assert locate(llm_config(Path("org/name")), tmp_path).folder == tiny_llama
+
+
+def test_a_download_killed_before_the_tokenizer_came_is_not_whole(tmp_path: Path, tiny_llama: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    assert "tokenizer.json" in str(LLMFiles("half", tmp_path).missing())
