@@ -3,7 +3,7 @@
 ``embeddings/<fingerprint>/manifest.json`` says what the vectors are made from and how the rows are cut into shards;
 ``shard-00000.safetensors`` ... hold row numbers and vectors, with the fingerprint and a sha256 of both. A killed run
 goes on at the first missing shard. Shards are cut from one fixed order and batches never cross them, so that a resumed
-table equals an uninterrupted one bit for bit.
+table equals an uninterrupted one bit for bit (on one kind of device, under one llm.token_budget).
 """
 
 import contextlib
