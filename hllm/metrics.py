@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from hllm.config import EvaluationConfig
 from hllm.errors import DivergedError
 
 
@@ -59,7 +60,7 @@ class RankingMetrics(Metric):
     def __init__(self, ks: Sequence[int], bucket_edges: Sequence[int]) -> None:
         super().__init__()
         self.ks, self.edges = list(ks), list(bucket_edges)
-        self.names = [f"{name}@{k}" for k in ks for name in ("hr", "ndcg")] + ["mrr"]
+        self.names = EvaluationConfig(self.ks, self.edges).metric_names()
         groups = len(self.edges) + 1
         zeros = torch.zeros(groups, len(self.names), dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")

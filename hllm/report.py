@@ -21,7 +21,7 @@ def metric_names(results: Results) -> list[str]:
 
 
 def results_table(results: Results, system: str) -> str:
-    """The system beside the popularity floor on the test split, and broken down by how often targets were seen."""
+    """The system beside the popularity floor, on the test split."""
     names = metric_names(results)
     rows = [
         [label, *(f"{results[split]['all'][name]:.4f}" for name in names)]

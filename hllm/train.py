@@ -3,7 +3,6 @@
 The command hands Hydra the metric that a sweep optimises, so that any Hydra sweeper can drive it.
 """
 
-import logging
 import time
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from hllm.items.tower import CachedItems
 from hllm.report import full_report
 from hllm.resume import RandomState, take_over
 from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config, run_dir: Path) -> Evaluation:
