@@ -56,8 +56,8 @@ def build_module(config: Config, datamodule: SequenceDataModule) -> Recommender:
         train_counts=datamodule.train_counts,
         data_identity={
             "dataset": config.dataset.name,
-            "protocol": config.dataset.protocol.name,
-            "interactions": datamodule.interactions.fingerprint(),
+            "protocol": config.dataset.protocol_name,
+            "interactions": datamodule.interactions.fingerprint,
         },
         hyperparameters=to_plain(config),
     )

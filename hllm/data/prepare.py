@@ -1,142 +1,425 @@
-"""Raw rows -> Interactions, and the arithmetic of splits: pure functions, no files.
+"""Raw rows -> Interactions, at any size: memory is bounded by the number of users and items and one block of rows.
 
-Everything is vectorised: 100 thousand rows take milliseconds and the cost grows as sorting does.
+Rows arrive in chunks, in file order. They are encoded to integers and spilled (16 bytes a row), dealt out to blocks of
+neighbouring users, and each block is sorted by itself. Every step is one pass, so the cost grows linearly. U users,
+I items, E events.
 """
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from hllm.config import TrainRows
-from hllm.data.schema import Array64, Interactions
+from hllm.config import CatalogItems, FilterConfig, UnknownItems
+from hllm.data.schema import Array32, Array64, Catalog
 from hllm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("user", "item", "timestamp")
+CHUNK_ROWS = 1 << 22
+"Rows held in memory at a time while passing over a spilled file."
+BLOCK_ROWS = 1 << 24
+"Rows sorted at a time."
+LATEST = 253_402_300_799
+"The last second of the year 9999: what is later is no time in seconds."
 
 
-def drop_duplicates(events: pl.DataFrame, source: str) -> pl.DataFrame:
-    """Drop rows that repeat an earlier row's user, item and timestamp; how many is logged.
+class RawEvents:
+    """The encoded rows of the interactions file, in file order, on disk.
 
     Args:
-        events: columns user, item, timestamp in file order.
-        source: the file, for the message.
+        folder: for the spilled columns.
+        source: the interactions file, for messages.
+        first_row: line of its first record.
     """
-    kept = events.unique(subset=COLUMNS, keep="first", maintain_order=True)
-    if skipped := len(events) - len(kept):
-        log.warning("%s: skipped %d rows that repeat an earlier user, item and timestamp", source, skipped)
-    return kept
+
+    def __init__(self, folder: Path, source: Path, first_row: int) -> None:
+        self.folder, self.source, self.first_row = folder, source, first_row
+        self.user_ids, self.item_ids = Codes(), Codes()
+        self.first_rows: list[Array64] = []
+        self.num_rows = self.num_read = 0
+
+    def fill(self, chunks: Iterable[pl.DataFrame], min_rating: float | None) -> None:
+        """Encode and spill all rows.
+
+        Args:
+            chunks: columns user, item, timestamp and, with ``min_rating``, rating, in file order.
+
+        Raises:
+            DataError: no rows, an empty id, or a time or rating that is none; names file and row.
+        """
+        with (
+            (self.folder / "raw-users").open("wb") as users,
+            (self.folder / "raw-items").open("wb") as items,
+            (self.folder / "raw-times").open("wb") as times,
+        ):
+            for chunk in chunks:
+                row = self.first_row + self.num_read
+                self.num_read += len(chunk)
+                checked = check_events(chunk, self.source, row)
+                rows = np.arange(row, row + len(checked))
+                if min_rating is not None:
+                    kept = (checked["rating"] >= min_rating).to_numpy()
+                    checked, rows = checked.filter(kept), rows[kept]
+                self.num_rows += len(checked)
+                self.user_ids(checked["user"]).tofile(users)
+                known = len(self.item_ids)
+                codes = self.item_ids(checked["item"])
+                self.first_rows.append(rows[first_places(codes, known)])
+                codes.tofile(items)
+                checked["timestamp"].to_numpy().tofile(times)
+        if not self.num_read:
+            raise DataError(f"{self.source}: holds no interactions; download the file again")
+        if not self.num_rows:
+            raise DataError(f"{self.source}: no row is rated at least dataset.filter.min_rating={min_rating}")
+
+    def row_of_item(self, code: int) -> int:
+        """The row in the file at which an item first occurs."""
+        return int(np.concatenate(self.first_rows)[code])
+
+    def chunks(self, order: Array64 | None = None) -> Iterator[tuple[Array32, Array32, Array64]]:
+        """User codes, item codes and times again, in file order or in ``order``."""
+        paths = ((self.folder / f"raw-{name}", kind) for name, kind in _COLUMNS)
+        columns = [np.memmap(path, kind, mode="r") for path, kind in paths]
+        for begin in range(0, self.num_rows, CHUNK_ROWS):
+            place = slice(begin, begin + CHUNK_ROWS) if order is None else order[begin : begin + CHUNK_ROWS]
+            users, items, times = (np.array(column[place]) for column in columns)
+            yield users, items, times
+
+    def legacy_order(self) -> Array64:
+        """All rows by time alone, sorted as pandas' default does: not stable, held in memory.
+
+        That is ``sort_values("timestamp")`` in the official code and in generative-recommenders; ties come out as
+        NumPy's quicksort leaves them, which depends on its version and on the machine.
+        """
+        times = np.fromfile(self.folder / "raw-times", np.int64)
+        return np.argsort(times, kind="quicksort")
 
 
-def build_interactions(events: pl.DataFrame, item_ids: pl.Series, source: str) -> Interactions:
-    """Encode ids, drop repeated rows, and sort by (user, time), keeping the file order of equal timestamps.
+_COLUMNS: tuple[tuple[str, Any], ...] = (("users", np.int32), ("items", np.int32), ("times", np.int64))
 
-    Args:
-        events: columns user (integer or string), item (string) and timestamp (int64 seconds), in file order.
-        item_ids: the catalogue's original ids as strings; position r becomes item id r + 1.
-        source: the file, for messages.
+
+class Codes:
+    """Original ids -> int32 codes 0, 1, 2, ... by first appearance, over any number of chunks."""
+
+    def __init__(self) -> None:
+        self.categories = pl.Categories.random()
+        self.type = pl.Categorical(self.categories)
+        self.anchor = pl.Series(dtype=self.type)  # Polars forgets the mapping with the last series that uses it
+        self.size = 0
+
+    def __call__(self, ids: pl.Series) -> Array32:
+        """(n,) strings -> (n,) int32."""
+        encoded = ids.cast(self.type)
+        codes = encoded.to_physical().to_numpy().astype(np.int32)
+        if len(codes):
+            self.anchor = encoded[:1]
+            self.size = max(self.size, int(codes.max()) + 1)
+        return codes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def ids(self) -> pl.Series:
+        """(n,) the ids by code, without white space around them."""
+        return self.categories.to_series().str.strip_chars()
+
+
+def first_places(codes: Array32, known: int) -> Array64:
+    """Where each new code first occurs: codes from ``known`` on come in rising order, each seen first below the next.
+
+    >>> first_places(np.array([1, 4, 0, 4, 5, 4], np.int32), known=4)
+    array([1, 4])
+    """
+    highest = np.maximum.accumulate(np.concatenate([[known - 1], codes]))
+    return np.flatnonzero(np.diff(highest))
+
+
+def check_events(chunk: pl.DataFrame, source: Path, first_row: int) -> pl.DataFrame:
+    """Raw columns of any type as user and item (text), timestamp (int64 seconds) and, where there, rating (float64).
 
     Raises:
-        DataError: no rows at all, or a row whose item is not in the catalogue.
+        DataError: names file and row of the first value that is missing or not what it should be.
     """
-    if events.is_empty():
-        raise DataError(f"{source}: holds no interactions; download the file again")
-    index = pl.DataFrame({"item": item_ids, "item_id": np.arange(1, len(item_ids) + 1, dtype=np.int32)})
-    encoded = events.with_row_index("row", offset=1).join(index, on="item", how="left", maintain_order="left")
-    unknown = encoded.filter(pl.col("item_id").is_null())
-    if len(unknown):
-        row, item = unknown["row"][0], unknown["item"][0]
-        raise DataError(
-            f"{source}: row {row} names item {item!r}, which is not in the catalogue ({len(unknown)} such rows); "
-            "take both files from the same release"
-        )
-    ordered = drop_duplicates(encoded, source).sort("user", "timestamp", maintain_order=True)
-    counts = ordered.group_by("user", maintain_order=True).len()
-    return Interactions(
-        items=ordered["item_id"].to_numpy(),
-        timestamps=ordered["timestamp"].cast(pl.Int64).to_numpy(),
-        offsets=np.concatenate([[0], np.cumsum(counts["len"].to_numpy(), dtype=np.int64)]),
-        users=counts["user"].cast(pl.String).to_numpy().astype(np.str_),
+    columns = []
+    for name in ("user", "item"):
+        ids = to_ids(chunk[name])
+        _refuse(ids.is_null() | (ids == ""), source, first_row, f"has no {name} id")
+        columns.append(ids.alias(name))
+    raw = chunk["timestamp"]
+    times = raw.cast(pl.Int64, strict=False)
+    if raw.dtype.is_float():
+        times = pl.select(pl.when(times == raw).then(times)).to_series()
+    _refuse(times.is_null(), source, first_row, "has timestamp={!r}, which is not a whole number", raw)
+    _refuse(
+        (times < 0) | (times > LATEST),
+        *(source, first_row, "has timestamp={!r}, which is not between the years 1970 and 9999 in seconds", raw),
     )
+    columns.append(times.alias("timestamp"))
+    if "rating" in chunk.columns:
+        ratings = chunk["rating"].cast(pl.Float64, strict=False)
+        finite = ratings.is_not_null() & ratings.is_finite()
+        _refuse(~finite.fill_null(False), source, first_row, "has rating={!r}, which is not a number", chunk["rating"])
+        columns.append(ratings.alias("rating"))
+    return pl.DataFrame(columns)
+
+
+def to_ids(values: pl.Series) -> pl.Series:
+    """Ids as text; whole numbers that a file holds as floats lose their ".0"."""
+    if values.dtype.is_float() and (values.drop_nulls() == values.drop_nulls().floor()).all():
+        values = values.cast(pl.Int64)
+    return values.cast(pl.String)
+
+
+def _refuse(wrong: pl.Series, source: Path, first_row: int, message: str, values: pl.Series | None = None) -> None:
+    if wrong.any():
+        place = int(wrong.arg_true()[0])
+        value = () if values is None else (values[place],)
+        raise DataError(f"{source}: row {first_row + place} {message.format(*value)}")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Training or evaluation rows as ranges into the CSR arrays; nothing is copied.
-
-    N rows. Row n reads events ``starts[n]:ends[n]`` and predicts, at each of them or only at the last, the event
-    that follows it.
+class Numbering:
+    """Codes -> the numbers that the arrays hold.
 
     Args:
-        users: (N,) int64 user numbers.
-        starts: (N,) int64 first event of the row.
-        ends: (N,) int64 one past the last event that the row may read; the event ``ends[n]`` is a target.
-        last_only: true where only event ``ends[n]`` is a target.
+        users: (raw users,) int32 user numbers by code.
+        user_ids: (U,) original ids by number.
+        items: (raw items,) int32 catalogue row + 1 by code; 0 where the item's events are left out.
     """
 
-    users: Array64
-    starts: Array64
-    ends: Array64
-    last_only: bool
-
-    def __len__(self) -> int:
-        return len(self.users)
+    users: Array32
+    user_ids: pl.Series
+    items: Array32
 
 
-def leave_one_out_rows(interactions: Interactions, held_out: int, max_history: int) -> Rows:
-    """One evaluation row a user: the ``held_out``-th event from the end is the target, all before it the history.
+def number_users(ids: pl.Series, by_appearance: bool) -> tuple[Array32, pl.Series]:
+    """(n,) ids by code -> (n,) user numbers by code, and (U,) the ids by number.
+
+    Users are numbered in ascending order of their ids (as numbers, if all are whole numbers) or by first appearance.
+    Ids that differ only in white space around them are one.
+    """
+    unique = ids.unique(maintain_order=True)
+    if not by_appearance:
+        numbers = unique.cast(pl.Int64, strict=False)
+        unique = unique[numbers.arg_sort()] if not numbers.has_nulls() else unique.sort()
+    return _places(ids, unique), unique
+
+
+def _places(ids: pl.Series, among: pl.Series) -> Array32:
+    """(n,) int32 row of each id in ``among``; -1 where it is not there."""
+    table = pl.DataFrame({"id": among, "place": np.arange(len(among), dtype=np.int32)})
+    found = pl.DataFrame({"id": ids}).join(table, on="id", how="left", maintain_order="left")["place"]
+    return found.fill_null(-1).to_numpy().astype(np.int32)
+
+
+def number_items(
+    raw: RawEvents, catalog: Catalog, unknown: UnknownItems, items_file: Path | None
+) -> tuple[Array32, Catalog]:
+    """Item codes -> catalogue row + 1 (0: left out), and the catalogue, with rows added for unknown items to keep.
+
+    Raises:
+        DataError: an item of the interactions is not in the catalogue and must be.
+    """
+    ids = raw.item_ids.ids()
+    numbers = _places(ids, catalog.ids) + 1
+    missing = np.flatnonzero(numbers == 0)
+    if not len(missing):
+        return numbers, catalog
+    if unknown is UnknownItems.error:
+        code = int(missing[0])
+        raise DataError(
+            f"{raw.source}: row {raw.row_of_item(code)} names item {ids[code]!r}, which is not in the catalogue "
+            f"{items_file} ({len(missing)} such items); take both files from the same release, or set "
+            "dataset.filter.unknown_items=drop or =keep"
+        )
+    log.warning(
+        "%s: %d items are not in %s, %r for one: %s",
+        *(raw.source, len(missing), items_file, ids[int(missing[0])]),
+        "their events are left out" if unknown is UnknownItems.drop else "kept, without text",
+    )
+    if unknown is UnknownItems.drop:
+        return numbers, catalog
+    added = ids[missing].unique(maintain_order=True)
+    grown = Catalog(
+        pl.concat([catalog.ids, added]),
+        {name: pl.concat([values, pl.repeat("", len(added), eager=True)]) for name, values in catalog.fields.items()},
+    )
+    return _places(ids, grown.ids) + 1, grown
+
+
+def sort_events(
+    raw: RawEvents, numbering: Numbering, drop_duplicates: bool, legacy_sort: bool, folder: Path
+) -> Array64:
+    """Write events by (user, time, file order) to the files sorted-items and sorted-times of ``folder``.
+
+    Returns:
+        (U + 1,) int64 offsets of the users' events.
+    """
+    order = raw.legacy_order() if legacy_sort else None
+    counts = np.zeros(len(numbering.user_ids), np.int64)
+    for users, items, _ in raw.chunks():
+        known = numbering.items[items] > 0
+        counts += np.bincount(numbering.users[users[known]], minlength=len(counts))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    if not offsets[-1]:
+        raise DataError(f"{raw.source}: no event names an item of the catalogue")
+    # users whose blocks are sorted together: neighbours with about BLOCK_ROWS events
+    block_of_user = (offsets[:-1] // BLOCK_ROWS).astype(np.uint16)
+    blocks = _deal(raw, numbering, order, block_of_user, folder)
+    dropped = 0
+    with (folder / "sorted-items").open("wb") as items_file, (folder / "sorted-times").open("wb") as times_file:
+        for path in blocks:
+            rows = np.fromfile(path, _ROW)
+            path.unlink()
+            rows = rows[sorted_order(rows["user"], None if legacy_sort else rows["time"])]
+            if drop_duplicates:
+                kept = ~repeats(rows["user"], rows["time"], rows["item"])
+                counts -= np.bincount(rows["user"][~kept], minlength=len(counts))
+                dropped += len(rows) - int(kept.sum())
+                rows = rows[kept]
+            np.ascontiguousarray(rows["item"]).tofile(items_file)
+            np.ascontiguousarray(rows["time"]).tofile(times_file)
+    if dropped:
+        log.warning("%s: skipped %d rows that repeat an earlier user, item and timestamp", raw.source, dropped)
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+_ROW = np.dtype([("user", np.int32), ("item", np.int32), ("time", np.int64)])
+
+
+def _deal(
+    raw: RawEvents, numbering: Numbering, order: Array64 | None, block_of_user: npt.NDArray[np.uint16], folder: Path
+) -> list[Path]:
+    """Write each row to the file of its user's block, keeping their order."""
+    paths = [folder / f"block-{block}" for block in range(int(block_of_user[-1]) + 1)]
+    files = [path.open("wb") for path in paths]
+    try:
+        for users, items, times in raw.chunks(order):
+            rows = np.empty(len(users), _ROW)
+            rows["user"], rows["item"], rows["time"] = numbering.users[users], numbering.items[items], times
+            rows = rows[rows["item"] > 0]
+            block = block_of_user[rows["user"]]
+            rows = rows[np.argsort(block, kind="stable")]  # 16 bits: a radix sort
+            ends = np.cumsum(np.bincount(block, minlength=len(paths)))
+            for file, part in zip(files, np.split(rows, ends[:-1]), strict=True):
+                part.tofile(file)
+    finally:
+        for file in files:
+            file.close()
+    return paths
+
+
+def sorted_order(users: Array32, times: Array64 | None) -> Array64:
+    """The stable order by (user, time), or by user alone."""
+    if times is None:
+        return np.argsort(users, kind="stable")
+    low, span = int(times.min()), int(times.max()) - int(times.min()) + 1
+    first = int(users.min())
+    if (int(users.max()) - first + 1) * span < 2**63:  # one key sorts three times faster than two
+        return np.argsort((users - first).astype(np.int64) * span + (times - low), kind="stable")
+    return np.lexsort((times, users))
+
+
+def repeats(users: Array32, times: Array64, items: Array32) -> npt.NDArray[np.bool_]:
+    """(n,) true at rows, sorted by (user, time), that repeat an earlier row's user, time and item."""
+    same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    tied = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))  # others cannot repeat
+    rows = pl.DataFrame({"user": users[tied], "time": times[tied], "item": items[tied]})
+    repeated = np.zeros(len(users), dtype=np.bool_)
+    repeated[tied[~rows.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()]] = True
+    return repeated
+
+
+def core(items: Array32, offsets: Array64, num_items: int, rules: FilterConfig) -> npt.NDArray[np.bool_] | None:
+    """(E,) which events stay where users and items need a minimum of events; None where all do.
+
+    Counted once, as ByteDance's process_books.py: events go whose item or whose user has too few in the raw file, then
+    those of users who have too few left. With ``iterated``, until nothing changes: the k-core.
+    """
+    if rules.min_user_events <= 1 and rules.min_item_events <= 1:
+        return None
+    users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    kept = np.ones(len(items), dtype=np.bool_)
+    while True:
+        before = int(kept.sum())
+        user_counts = np.bincount(users[kept], minlength=len(offsets) - 1)
+        item_counts = np.bincount(items[kept], minlength=num_items + 1)
+        kept &= (user_counts[users] >= rules.min_user_events) & (item_counts[items] >= rules.min_item_events)
+        if not rules.iterated:
+            user_counts = np.bincount(users[kept], minlength=len(offsets) - 1)
+            return kept & (user_counts[users] >= rules.min_user_events)
+        if int(kept.sum()) == before:
+            return kept
+
+
+Prepared = tuple[Array64, pl.Series, Catalog]
+"(U + 1,) offsets, (U,) user ids and the catalogue; the events are in files."
+
+
+def prepare(
+    raw: RawEvents,
+    catalog: Catalog,
+    rules: FilterConfig,
+    folder: Path,
+    items_file: Path | None = None,
+    by_appearance: bool = False,
+    legacy_sort: bool = False,
+) -> Prepared:
+    """Number, sort and filter; the events go to the files ``items`` (int32) and ``timestamps`` (int64) of ``folder``.
 
     Args:
-        held_out: 1 for test (the last event), 2 for validation (the last but one).
-        max_history: newest events of the history that the row reads.
+        raw: filled.
+        catalog: all rows of the items file.
+        folder: for results and what is written on the way.
+        items_file: for messages.
+        by_appearance: number users and items by first appearance in the interactions, as the official code does;
+            else users in ascending order of their ids and items in the order of the catalogue.
 
-    Users with too few events for a history, a validation and a test item are left out.
+    Returns:
+        (U + 1,) offsets, (U,) user ids and the catalogue, of the users and items that are left.
+
+    Raises:
+        DataError: unknown items, or nothing left.
     """
-    users = evaluated_users(interactions)
-    ends = interactions.offsets[users + 1] - held_out
-    starts = np.maximum(interactions.offsets[users], ends - max_history)
-    return Rows(users, starts, ends, last_only=True)
-
-
-def evaluated_users(interactions: Interactions) -> Array64:
-    """(V,) users with at least 3 events: one each for history, validation and test."""
-    return np.flatnonzero(np.diff(interactions.offsets) >= 3).astype(np.int64)
-
-
-def train_ends(interactions: Interactions) -> Array64:
-    """(U,) one past each user's last training event; users too short to evaluate train on everything."""
-    ends = interactions.offsets[1:].copy()
-    ends[evaluated_users(interactions)] -= 2
-    return ends
-
-
-def train_rows(interactions: Interactions, max_history: int, kind: TrainRows) -> Rows:
-    """Cut the training events into rows such that every transition is a target exactly once.
-
-    windows: a user with n training events has n - 1 transitions; they are cut from the newest end into windows of
-    ``max_history``. This is one pass over the data an epoch, where a row for every prefix with the loss on all
-    positions, the light form's original, repeats a transition up to n times (88 times on average on MovieLens-100k).
-    prefixes: a row for each transition with the history before it; only the last position is a target.
-    """
-    first = interactions.offsets[:-1]
-    transitions = np.maximum(train_ends(interactions) - first - 1, 0)
-    per_user = transitions if kind is TrainRows.prefixes else -(-transitions // max_history)
-    users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), per_user)
-    # 0, 1, 2, ... within each user, counted from the newest row back
-    back = np.arange(len(users), dtype=np.int64) - np.repeat(np.cumsum(per_user) - per_user, per_user)
-    step = 1 if kind is TrainRows.prefixes else max_history
-    ends = train_ends(interactions)[users] - 1 - back * step
-    starts = np.maximum(first[users], ends - max_history)
-    return Rows(users, starts, ends, last_only=kind is TrainRows.prefixes)
-
-
-def train_counts(interactions: Interactions, num_items: int) -> Array64:
-    """(I + 1,) how often each item occurs in the training events; entry 0, padding, is 0."""
-    first, ends = interactions.offsets[:-1], train_ends(interactions)
-    is_train = np.zeros(len(interactions) + 1, dtype=np.int64)
-    np.add.at(is_train, first, 1)
-    np.add.at(is_train, ends, -1)
-    return np.bincount(interactions.items[np.cumsum(is_train[:-1]) > 0], minlength=num_items + 1)
+    items, catalog = number_items(raw, catalog, rules.unknown_items, items_file)
+    numbering = Numbering(*number_users(raw.user_ids.ids(), by_appearance), items)
+    offsets = sort_events(raw, numbering, rules.drop_duplicates, legacy_sort, folder)
+    sorted_items = np.memmap(folder / "sorted-items", np.int32, mode="r", shape=(int(offsets[-1]),))
+    kept = core(sorted_items, offsets, len(catalog), rules)
+    counts = np.zeros(len(catalog) + 1, np.int64)
+    for begin in range(0, len(sorted_items), CHUNK_ROWS):
+        part = slice(begin, begin + CHUNK_ROWS)
+        counts += np.bincount(
+            sorted_items[part] if kept is None else sorted_items[part][kept[part]], minlength=len(counts)
+        )
+    if not counts.sum():
+        raise DataError(
+            f"{raw.source}: nothing is left of {offsets[-1]} events under dataset.filter.min_user_events="
+            f"{rules.min_user_events} and min_item_events={rules.min_item_events}"
+        )
+    ranked = np.flatnonzero(counts[1:]) if rules.catalog is CatalogItems.interacted else np.arange(len(catalog))
+    if by_appearance:
+        place = _places(catalog.ids[ranked], raw.item_ids.ids())
+        ranked = ranked[np.argsort(np.where(place < 0, len(catalog) + len(raw.item_ids), place), kind="stable")]
+    number = np.zeros(len(catalog) + 1, np.int32)
+    number[ranked + 1] = np.arange(1, len(ranked) + 1, dtype=np.int32)
+    sorted_times = np.memmap(folder / "sorted-times", np.int64, mode="r", shape=(int(offsets[-1]),))
+    with (folder / "items").open("wb") as items_out, (folder / "timestamps").open("wb") as times_out:
+        for begin in range(0, len(sorted_items), CHUNK_ROWS):
+            part = slice(begin, begin + CHUNK_ROWS)
+            stay = slice(None) if kept is None else kept[part]
+            number[sorted_items[part][stay]].tofile(items_out)
+            sorted_times[part][stay].tofile(times_out)
+    lengths = np.diff(offsets)
+    if kept is not None:
+        lengths = np.add.reduceat(np.append(kept, False), np.minimum(offsets[:-1], len(kept)), dtype=np.int64)
+        lengths[np.diff(offsets) == 0] = 0
+    users = numbering.user_ids.filter(pl.Series(lengths > 0))
+    fields = {name: values[ranked] for name, values in catalog.fields.items()}
+    return np.concatenate([[0], np.cumsum(lengths[lengths > 0])]), users, Catalog(catalog.ids[ranked], fields)

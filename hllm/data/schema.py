@@ -4,12 +4,14 @@ Item id 0 is padding everywhere; real items are 1..I, in the order of the catalo
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from functools import cached_property
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -28,13 +30,13 @@ class Interactions:
         items: (E,) int32 item ids in 1..I.
         timestamps: (E,) int64 seconds since 1970.
         offsets: (U + 1,) int64; user u's events are ``offsets[u]:offsets[u + 1]``.
-        users: (U,) the users' original ids, ascending.
+        users: (U,) the users' original ids as text, unique.
     """
 
     items: Array32
     timestamps: Array64
     offsets: Array64
-    users: npt.NDArray[np.str_]
+    users: pl.Series
 
     @property
     def num_users(self) -> int:
@@ -43,11 +45,12 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.items)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the events in order: two data sets with the same digest give the same splits."""
         digest = hashlib.sha256()
         for array in (self.items, self.timestamps, self.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
 
@@ -56,21 +59,31 @@ class Catalog:
     """One row an item; row r is item id r + 1.
 
     Args:
-        ids: original item ids, unique.
-        fields: text fields by name, each with one value a row; an empty string is a missing value.
+        ids: (I,) original item ids as text, unique; a sequence of strings becomes a Series.
+        fields: text fields by name, each (I,) strings; an empty string is a missing value.
     """
 
-    ids: Sequence[str]
-    fields: dict[str, list[str]]
+    ids: pl.Series
+    fields: Mapping[str, pl.Series]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", _text(self.ids))
+        object.__setattr__(self, "fields", {name: _text(values) for name, values in self.fields.items()})
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def titles(self) -> list[str]:
         """What to show a person for each item: its title, or its id where there is none."""
-        titles = self.fields.get("title", [""] * len(self))
+        titles = self.fields.get("title")
+        if titles is None:
+            return cast(list[str], self.ids.to_list())
         return [title or item for title, item in zip(titles, self.ids, strict=True)]
+
+
+def _text(values: pl.Series | Sequence[str]) -> pl.Series:
+    return values if isinstance(values, pl.Series) else pl.Series(list(values), dtype=pl.String)
 
 
 @dataclass(frozen=True)

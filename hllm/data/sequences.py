@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hllm.data.prepare import Rows
 from hllm.data.schema import Array64, Batch, Interactions
+from hllm.data.splits import Rows
 
 
 class SequenceDataset(Dataset[Batch]):

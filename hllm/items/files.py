@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hllm.config import LLMConfig
-from hllm.disk import write_whole
-from hllm.errors import CacheError, LLMError
+from hllm.disk import file_digests
+from hllm.errors import LLMError
 from hllm.fetch import fetch_wheel
 
 log = logging.getLogger(__name__)
@@ -137,42 +137,9 @@ def _wanted(names: list[str], gguf_file: str | None) -> list[str]:
 
 
 def weights_digest(files: LLMFiles, cache_dir: Path) -> str:
-    """Hex sha256 over the names and bytes of weights, tokenizer and config.
-
-    Each file's digest is remembered in ``cache_dir/digests.json`` under its path, size and time of change, so that
-    14 GB of weights are read once.
-    """
-    memory = cache_dir / "digests.json"
-    known = _read_memory(memory)
+    """Hex sha256 over the names and bytes of weights, tokenizer and config."""
     paths = files.weights()
     if files.gguf_file is None:
         paths += [path for path in sorted(files.folder.iterdir()) if path.name.endswith(SETTINGS)]
-    found: dict[str, str] = {}
-    named: list[tuple[str, str]] = []
-    for path in paths:
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        found[key] = known.get(key) or _file_digest(path)
-        named.append((path.name, found[key]))
-    if not found.keys() <= known.keys():
-        _write_memory(memory, known | found)
+    named = list(zip((path.name for path in paths), file_digests(paths, cache_dir), strict=True))
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_memory(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _write_memory(path: Path, memory: dict[str, str]) -> None:
-    try:
-        write_whole(path, json.dumps(memory, indent=1).encode())
-    except CacheError as error:  # it only saves time, and a finished cache may well be read-only
-        log.debug("digests not remembered: %s", error)

@@ -8,9 +8,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import IncompleteSnapshotError
 
+from hllm import disk
 from hllm.config import LLMConfig
 from hllm.errors import LLMError
-from hllm.items import files
 from hllm.items.files import LLMFiles, locate, weights_digest
 
 Config = Callable[..., LLMConfig]
@@ -102,7 +102,7 @@ def test_digest_sees_every_byte_and_reads_each_file_once(
     second = weights_digest(subject, cache)
     assert first != second
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_file_digest", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(disk, "file_digest", lambda path: pytest.fail(f"{path} was read again"))
         assert weights_digest(subject, cache) == second
     (cache / "digests.json").write_text("torn")
     assert weights_digest(subject, cache) == second

@@ -1,0 +1,124 @@
+"""PreparedStore: a data set's encoded, sorted and filtered form on disk, made once and memory-mapped by every run.
+
+``prepared/<key>/`` holds ``items`` (int32), ``timestamps`` (int64) and ``offsets`` (int64) as plain little-endian
+arrays, ``users.arrow`` and ``catalog.arrow``, and ``manifest.json`` with what they are made from, their lengths and
+digests. The key is a digest of the raw files' content and of every rule that was applied. The folder appears whole, by
+one rename: a killed run leaves only a temporary one, which the next sweeps. A lock lets one run work while others wait.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from hllm.data.prepare import Prepared
+from hllm.data.schema import Catalog, Interactions
+from hllm.disk import TEMPORARY, file_digest, file_digests, locked, sync_tree, writing
+from hllm.errors import CacheError
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1
+"Of the files and of the rules that make them; part of the key."
+ARRAYS = {"items": np.int32, "timestamps": np.int64, "offsets": np.int64}
+
+Build = Callable[[Path], Prepared]
+"Writes the files items and timestamps into a folder; returns the rest."
+
+
+class PreparedStore:
+    """The prepared form under one key.
+
+    Args:
+        cache_dir: holds ``prepared/``.
+        files: the raw files.
+        rules: everything else that the result depends on, as plain values.
+    """
+
+    def __init__(self, cache_dir: Path, files: Sequence[Path], rules: dict[str, Any]) -> None:
+        self.parts = {"layout": LAYOUT, "files": file_digests(files, cache_dir), "rules": rules}
+        self.key = hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:20]
+        self.folder = cache_dir / "prepared" / self.key
+
+    def open(self, build: Build) -> tuple[Interactions, Catalog, bool]:
+        """The data, mapped read-only, and whether it was there already; ``build`` makes it where it was not.
+
+        Raises:
+            CacheError: the disk is full or the folder cannot be written.
+        """
+        found = self._load()
+        if found is not None:
+            return *found, True
+        with locked(self.folder.with_name(f"{self.key}.lock"), f"preparing data {self.key}"):
+            found = self._load()  # another run may have made it while this one waited
+            if found is not None:
+                return *found, True
+            self._build(build)
+        found = self._load()
+        if found is None:
+            raise CacheError(f"{self.folder}: not what was just written to it; check the disk")
+        return *found, False
+
+    def _build(self, build: Build) -> None:
+        """Make everything beside the folder, then rename. Call under the lock: it sweeps what a killed run left."""
+        with writing(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for stale in self.folder.parent.glob(f"{TEMPORARY}{self.key}-*"):
+                shutil.rmtree(stale)
+            with tempfile.TemporaryDirectory(
+                prefix=f"{TEMPORARY}{self.key}-", dir=self.folder.parent, ignore_cleanup_errors=True
+            ) as scratch:
+                work, result = Path(scratch) / "work", Path(scratch) / "result"
+                work.mkdir()
+                result.mkdir()
+                offsets, users, catalog = build(work)
+                for name in ("items", "timestamps"):
+                    (work / name).rename(result / name)
+                np.ascontiguousarray(offsets, np.int64).tofile(result / "offsets")
+                pl.DataFrame({"user": users}).write_ipc(result / "users.arrow")
+                pl.DataFrame({"id": catalog.ids, **catalog.fields}).write_ipc(result / "catalog.arrow")
+                interactions = self._interactions(result, users)
+                manifest = {
+                    "parts": self.parts,
+                    "lengths": {name: len(getattr(interactions, name)) for name in ARRAYS},
+                    "fingerprint": interactions.fingerprint,
+                    "digests": {name: file_digest(result / name) for name in ("users.arrow", "catalog.arrow")},
+                }
+                (result / "manifest.json").write_text(json.dumps(manifest, indent=2))
+                sync_tree(result)
+                result.rename(self.folder)
+
+    def _interactions(self, folder: Path, users: pl.Series) -> Interactions:
+        # as plain arrays, which index faster than np.memmap does; the pages are mapped all the same
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.asarray(np.memmap(folder / name, kind, mode="r")) for name, kind in ARRAYS.items()
+        }
+        return Interactions(**arrays, users=users)
+
+    def _load(self) -> tuple[Interactions, Catalog] | None:
+        """What is there, verified; None, with the reason in the log, where anything is missing or wrong."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            for name, digest in manifest["digests"].items():
+                if file_digest(self.folder / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
+            users = pl.read_ipc(self.folder / "users.arrow")["user"]
+            table = pl.read_ipc(self.folder / "catalog.arrow")
+            interactions = self._interactions(self.folder, users)
+            if interactions.fingerprint != manifest["fingerprint"]:
+                raise ValueError("the events are not what was written")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, pl.exceptions.PolarsError) as error:
+            log.warning("%s: torn or altered (%s); preparing it anew", self.folder, error)
+            return None
+        fields = {name: table[name] for name in table.columns if name != "id"}
+        return interactions, Catalog(table["id"], fields)
