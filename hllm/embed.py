@@ -1,4 +1,9 @@
-"""python -m hllm.embed: item text -> EmbeddingStore, alone. Takes the same groups as hllm.train."""
+"""python -m hllm.embed: item text -> EmbeddingStore, alone. Takes the same groups as hllm.train.
+
+``python -m hllm.embed show`` shows the texts instead, without loading the model.
+"""
+
+import sys
 
 import hydra
 from omegaconf import DictConfig
@@ -8,6 +13,7 @@ from hllm.cli import quiet_libraries, report_errors
 from hllm.config import CONF_DIR, check
 from hllm.items.cache import embed_catalog
 from hllm.items.tower import mean_cosine
+from hllm.show import show
 
 
 @report_errors
@@ -23,7 +29,15 @@ def _run(cfg: DictConfig) -> None:
     )
 
 
-main = hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")(_run)
+_embed = hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")(_run)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["show"]:
+        show(sys.argv[2:])
+    else:
+        _embed()
+
 
 if __name__ == "__main__":
     main()

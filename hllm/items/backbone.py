@@ -14,7 +14,7 @@ import torch
 
 from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
-from hllm.items.baichuan import load_baichuan
+from hllm.items.baichuan import baichuan_tokenizer, load_baichuan
 from hllm.items.files import LLMFiles
 
 
@@ -83,21 +83,41 @@ def load_backbone(files: LLMFiles, llm: LLMConfig) -> Backbone:
     """
     device = choose_device(llm.device)
     dtype = choose_dtype(llm.dtype, device, has_fast_bfloat16(device))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _quiet_transformers():
-        try:
-            if files.settings().get("model_type") == "baichuan":
-                model, tokenizer = load_baichuan(files, dtype)
-            else:
-                model, tokenizer = _load(files, dtype)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LLMError(f"llm.model={files.name}: cannot be loaded from {files.folder}: {reason}") from error
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _loading(files):
+        if files.settings().get("model_type") == "baichuan":
+            model, tokenizer = load_baichuan(files, dtype)
+        else:
+            model, tokenizer = _load(files, dtype)
     model.config.use_cache = False  # keys and values are kept for generation only
     model = model.eval().requires_grad_(False).to(device)
     return Backbone(files.name, model, tokenizer, device, dtype, int(model.config.hidden_size))
 
 
-def _load(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_tokenizer(files: LLMFiles) -> Any:
+    """The tokenizer alone, as ``load_backbone`` has it: of the weights only a GGUF file's header is read.
+
+    Raises:
+        LLMError: as ``load_backbone``.
+    """
+    with _loading(files):
+        if files.settings().get("model_type") == "baichuan":
+            return baichuan_tokenizer(files)
+        return _load_tokenizer(files)[1]
+
+
+@contextlib.contextmanager
+def _loading(files: LLMFiles) -> Iterator[None]:
+    """What goes wrong in transformers, as one line that names the model."""
+    with _quiet_transformers():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LLMError(f"llm.model={files.name}: cannot be loaded from {files.folder}: {reason}") from error
+
+
+def _load_tokenizer(files: LLMFiles) -> tuple[Any, Any, dict[str, Any]]:
+    """Config and tokenizer, and the options that the model is to be loaded with too."""
     import transformers
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -105,7 +125,13 @@ def _load(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
         options["gguf_file"] = files.gguf_file
     config = transformers.AutoConfig.from_pretrained(files.folder, **options)
     _check_text_model(files, config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, config=config, **options)
+    return config, transformers.AutoTokenizer.from_pretrained(files.folder, config=config, **options), options
+
+
+def _load(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
+    import transformers
+
+    config, tokenizer, options = _load_tokenizer(files)
     if files.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # the packed form would fetch compiled kernels from the hub, and computes in float32
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

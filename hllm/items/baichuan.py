@@ -49,7 +49,7 @@ def load_baichuan(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
         wanted -= weights.keys()
     if wanted:
         raise LLMError(f"llm.model={files.name}: the weights lack {min(wanted)} and {len(wanted) - 1} more")
-    return model, _tokenizer(files)
+    return model, baichuan_tokenizer(files)
 
 
 def llama_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _tokenizer(files: LLMFiles) -> Any:
+def baichuan_tokenizer(files: LLMFiles) -> Any:
     """The folder's fast tokenizer where it has one; else its sentencepiece model, read as a Llama's."""
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 

@@ -121,17 +121,29 @@ class Encoder:
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Token ids of each text with the tokenizer's own special tokens, at most ``max_tokens``, at least one."""
     tokenizer.truncation_side = "right"
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    tokens: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    tokens: list[list[int]] = token_ids(tokenizer, texts)["input_ids"]
     long = [row for row, ids in enumerate(tokens) if len(ids) > max_tokens]
     if long:
         log.warning("%d of %d item texts are longer than llm.max_tokens=%d: cut", len(long), len(tokens), max_tokens)
-        cut = tokenizer([texts[row] for row in long], truncation=True, max_length=max_tokens, **options)["input_ids"]
+        cut = token_ids(tokenizer, [texts[row] for row in long], truncation=True, max_length=max_tokens)["input_ids"]
         for row, ids in zip(long, cut, strict=True):
             tokens[row] = ids
     specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     blank = next(token for token in specials if token is not None)
     return [ids or [blank] for ids in tokens]
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """What the tokenizer says of some texts, as the encoder asks it: ``input_ids``, and what the options add."""
+    return tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+
+
+def token_lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, special ones included, before any is cut; in chunks, so that no ids are held."""
+    lengths: list[int] = []
+    for start in range(0, len(texts), 10_000):
+        lengths += map(len, token_ids(tokenizer, texts[start : start + 10_000])["input_ids"])
+    return lengths
 
 
 def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,62 @@ The form is the official code's: a prompt, then ``key: value`` for each field, w
 
 import logging
 import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from hllm.config import TextConfig
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
+from hllm.items.clean import clean_column
 
 log = logging.getLogger(__name__)
 
 Segment = tuple[str, str]
 "Literal text and the field that follows it; the field of a closing literal is empty."
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What the texts of a catalogue are joined from.
+
+    Args:
+        prompt: stands before every text that is not empty.
+        segments: the template, in order.
+        columns: a segment's (I,) values each; "" where the item lacks the field, and for a closing literal.
+    """
+
+    prompt: str
+    segments: Sequence[Segment]
+    columns: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @property
+    def names(self) -> list[str]:
+        """The template's fields, in order."""
+        return [name for _, name in self.segments if name]
+
+    def values(self, row: int) -> list[tuple[str, str, str]]:
+        """Literal, field and value of each segment that is in an item's text; none for an item without any field."""
+        values = [column[row] for column in self.columns]
+        if not any(values):
+            return []
+        segments = zip(self.segments, values, strict=True)
+        return [(literal, name, value) for (literal, name), value in segments if value or not name]
+
+    def text(self, row: int) -> str:
+        values = self.values(row)
+        return self.prompt + "".join(literal + value for literal, _, value in values) if values else ""
+
+    def texts(self) -> list[str]:
+        return [self.text(row) for row in range(len(self))]
+
+    def apart(self) -> list[Self]:
+        """Each field alone: its texts are the prompt, its literal and its value, and "" where the item lacks it."""
+        fields = zip(self.segments, self.columns, strict=True)
+        return [type(self)(self.prompt, [segment], [column]) for segment, column in fields if segment[1]]
 
 
 def item_texts(catalog: Catalog, text: TextConfig) -> list[str]:
@@ -25,24 +72,29 @@ def item_texts(catalog: Catalog, text: TextConfig) -> list[str]:
     Raises:
         ConfigError: the template is malformed or names a field that the catalogue does not have.
     """
+    parts = text_parts(catalog, text)
+    log_empty(parts)
+    return parts.texts()
+
+
+def text_parts(catalog: Catalog, text: TextConfig) -> TextParts:
+    """Template and values, cleaned by ``hllm.items.clean`` unless ``text.clean`` is off; raises as ``item_texts``."""
     segments = parse_template(text.template, list(catalog.fields))
-    columns = [catalog.fields.get(name, [""] * len(catalog)) for _, name in segments]
-    texts = [_text(text.prompt, segments, [column[row] for column in columns]) for row in range(len(catalog))]
-    if empty := texts.count(""):
-        log.warning("%d of %d items have no text: every field of the template is empty for them", empty, len(texts))
-    return texts
+    columns = []
+    for _, name in segments:
+        if not name:
+            columns.append([""] * len(catalog))
+        elif text.clean:
+            columns.append(clean_column(catalog.fields[name]))
+        else:
+            columns.append([value if value.strip() else "" for value in catalog.fields[name].to_list()])
+    return TextParts(text.prompt, segments, columns)
 
 
-def _text(prompt: str, segments: list[Segment], values: list[str]) -> str:
-    present = [bool(value.strip()) for value in values]
-    if not any(present):
-        return ""
-    parts = [
-        literal + value
-        for (literal, name), value, there in zip(segments, values, present, strict=True)
-        if there or not name
-    ]
-    return prompt + "".join(parts)
+def log_empty(parts: TextParts) -> None:
+    """Say how many items have no text."""
+    if empty := sum(not any(values) for values in zip(*parts.columns, strict=True)):
+        log.warning("%d of %d items have no text: every field of the template is empty for them", empty, len(parts))
 
 
 def parse_template(template: str, fields: list[str]) -> list[Segment]:

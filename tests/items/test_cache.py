@@ -66,7 +66,7 @@ print(table.fingerprint, "transformers.models.llama.modeling_llama" in sys.modul
 @pytest.fixture
 def job(tiny_llama: Path, movies: Catalog, text: TextConfig, tmp_path: Path) -> dict[str, Any]:
     llm = {"name": "tiny", "model": str(tiny_llama), "shard_items": 5, "token_budget": 64, "max_tokens": 32}
-    catalog = {"ids": list(movies.ids), "fields": movies.fields}
+    catalog = {"ids": list(movies.ids), "fields": {name: list(values) for name, values in movies.fields.items()}}
     texts = {"prompt": text.prompt, "template": text.template}
     return {"kill": "", "llm": llm | {"device": "cpu"}, "catalog": catalog, "text": texts, "cache": str(tmp_path)}
 
@@ -97,7 +97,7 @@ def test_table_has_a_row_an_item_and_leaves_the_random_state(tmp_path: Path, emb
     state = torch.get_rng_state()
     table = embed(tmp_path)
     assert torch.equal(state, torch.get_rng_state())
-    assert table.ids == movies.ids
+    assert table.ids == movies.ids.to_list()
     assert table.vectors.shape == (23, 32)
     assert len(table.vectors.unique(dim=0)) == 23
     assert same(embed(tmp_path), table)
