@@ -1,17 +1,26 @@
-"""MovieLens: 100k ratings by 943 users of 1,682 movies (GroupLens; Harper and Konstan 2015).
+"""MovieLens in four sizes, each in its publisher's own file form (GroupLens; Harper and Konstan 2015).
 
-Two file forms are read, by the names in the folder: the Parquet pair of the pinned wheel, and the official
-``u.data`` and ``u.item``.
+Every rating is an interaction, whatever its value. Only the 100k form has a second source: the Parquet pair of the
+pinned wheel, so that a first run needs no download from the publisher.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
 from hllm.data.schema import Catalog
-from hllm.data.tables import read_delimited, read_parquet, to_catalog, to_text
+from hllm.data.tables import (
+    read_csv_chunks,
+    read_csv_table,
+    read_delimited,
+    read_delimited_chunks,
+    read_parquet,
+    to_catalog,
+    to_integers,
+    to_text,
+)
 from hllm.errors import DataError
 
 GENRES = (
@@ -20,28 +29,26 @@ GENRES = (
 )  # fmt: skip
 RATINGS = ("user_id", "movie_id", "rating", "timestamp")
 MOVIES = ("movie_id", "movie_title", "release_date", "video_release_date", "IMDb_URL", *GENRES)
+CSV_RATINGS = ("userId", "movieId", "rating", "timestamp")
+CSV_MOVIES = ("movieId", "title", "genres")
+NO_GENRES = "(no genres listed)"
 
 
 class MovieLens100K(SequenceDataModule):
-    """All ratings are interactions: the rating's value is not used."""
+    """The official u.data and u.item, or the Parquet pair of the pinned wheel, by the names in the folder."""
 
     counts = Counts(interactions=100_000, users=943, items=1_682)
 
     def find(self, folder: Path) -> RawFiles:
-        for interactions, items in (
-            ("u.data", "u.item"),
-            ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli"),
-        ):
-            if all((folder / name).is_file() for name in (interactions, items)):
-                return RawFiles(folder / interactions, folder / items)
-        raise DataError(
-            f"dataset.root={folder}: holds neither u.data and u.item nor MovieLens100k_data.parquet.brotli and "
-            "MovieLens100k_items.parquet.brotli"
-        )
+        pairs = ("u.data", "u.item"), ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli")
+        for names in pairs:
+            if not _missing(folder, names):
+                return RawFiles(folder / names[0], folder / names[1])
+        neither, nor = (" and ".join(names) for names in pairs)
+        raise DataError(f"dataset.root={folder}: holds neither {neither} nor {nor}")
 
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
-        table = _read(files.interactions, "\t", RATINGS)
-        yield table.select(user="user_id", item="movie_id", timestamp="timestamp", rating="rating")
+        return _events([_read(files.interactions, "\t", RATINGS)], files, RATINGS)
 
     def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
         assert files.items is not None
@@ -49,12 +56,70 @@ class MovieLens100K(SequenceDataModule):
         movies = _read(files.items, "|", MOVIES, encoding="iso-8859-1")
         table = pl.DataFrame(
             {
-                "id": movies["movie_id"],
+                "movie_id": to_integers(movies, "movie_id", files.items),
                 "title": to_text(movies, "movie_title", files.items),
-                "genres": _genres(movies),
+                "genres": _flagged(movies),
             }
         )
-        return to_catalog(table, "id", files.items, first_row=1)
+        return to_catalog(table, "movie_id", files.items, first_row=1)
+
+
+class MovieLens1M(SequenceDataModule):
+    """ratings.dat and movies.dat; 177 of the 3,883 movies are rated by nobody."""
+
+    counts = Counts(interactions=1_000_209, users=6_040, items=3_706)
+
+    def find(self, folder: Path) -> RawFiles:
+        return _pair(folder, "ratings.dat", "movies.dat", inside="ml-1m")
+
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        return _events(read_delimited_chunks(files.interactions, "::", RATINGS), files, RATINGS)
+
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        assert files.items is not None
+        movies = read_delimited(files.items, "::", ("movie_id", "title", "genres"), encoding="iso-8859-1")
+        return _movies(movies, files.items, first_row=1)
+
+
+class MovieLens20M(SequenceDataModule):
+    """ratings.csv and movies.csv; 534 of the 27,278 movies are rated by nobody."""
+
+    counts = Counts(interactions=20_000_263, users=138_493, items=26_744)
+    inside = "ml-20m"
+
+    def find(self, folder: Path) -> RawFiles:
+        return _pair(folder, "ratings.csv", "movies.csv", inside=self.inside, first_row=2)
+
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        chunks = read_csv_chunks(files.interactions, {name: name for name in CSV_RATINGS})
+        return _events(chunks, files, CSV_RATINGS)
+
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        assert files.items is not None
+        return _movies(read_csv_table(files.items, CSV_MOVIES), files.items, first_row=2)
+
+
+class MovieLensLatestSmall(MovieLens20M):
+    """The form of 20M. The publisher changes this set now and then; the counts are those of its 2018 release."""
+
+    counts = Counts(interactions=100_836, users=610, items=9_724)
+    inside = "ml-latest-small"
+
+
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _pair(folder: Path, ratings: str, movies: str, inside: str, first_row: int = 1) -> RawFiles:
+    """Both files, in the folder or in the one that the publisher's archive unpacks to.
+
+    Raises:
+        DataError: naming what is missing.
+    """
+    for place in (folder, folder / inside):
+        if not _missing(place, (ratings, movies)):
+            return RawFiles(place / ratings, place / movies, first_row)
+    raise DataError(f"dataset.root={folder}: has no {' and no '.join(_missing(folder, (ratings, movies)))}")
 
 
 def _read(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> pl.DataFrame:
@@ -63,7 +128,32 @@ def _read(path: Path, separator: str, columns: Sequence[str], encoding: str = "u
     return read_delimited(path, separator, columns, encoding)
 
 
-def _genres(movies: pl.DataFrame) -> list[str]:
+def _events(chunks: Iterable[pl.DataFrame], files: RawFiles, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Chunks as ``read_events`` gives them, every id and time a whole number.
+
+    Args:
+        columns: of user, item, rating and timestamp.
+    """
+    user, item, rating, timestamp = columns
+    row = files.first_row
+    for chunk in chunks:
+        whole = {
+            name: to_integers(chunk, column, files.interactions, row)
+            for name, column in (("user", user), ("item", item), ("timestamp", timestamp))
+        }
+        yield pl.DataFrame({**whole, "rating": chunk[rating]})
+        row += len(chunk)
+
+
+def _movies(table: pl.DataFrame, path: Path, first_row: int) -> Catalog:
+    """A table of id, title and genres, as 1M and its successors have it."""
+    name = table.columns[0]
+    ids = to_integers(table, name, path, first_row)
+    genres = table["genres"].replace(NO_GENRES, "")
+    return to_catalog(table.with_columns(ids, genres), name, path, first_row)
+
+
+def _flagged(movies: pl.DataFrame) -> list[str]:
     """Names of the genres flagged 1, joined by '|' as MovieLens writes them; 'unknown' counts as none."""
     flagged = [
         pl.when(pl.col(genre).cast(pl.String) == "1").then(pl.lit(genre)).otherwise(None)

@@ -170,9 +170,11 @@ def check_events(chunk: pl.DataFrame, source: Path, first_row: int) -> pl.DataFr
 
 
 def to_ids(values: pl.Series) -> pl.Series:
-    """Ids as text; whole numbers that a file holds as floats lose their ".0"."""
-    if values.dtype.is_float() and (values.drop_nulls() == values.drop_nulls().floor()).all():
-        values = values.cast(pl.Int64)
+    """Values as text; whole numbers that a file holds as floats lose their ".0", and what is no number is missing."""
+    if values.dtype.is_float():
+        values = pl.select(pl.when(values.is_finite()).then(values)).to_series().alias(values.name)
+        if (values.drop_nulls() == values.drop_nulls().floor()).all():
+            values = values.cast(pl.Int64, strict=False)
     return values.cast(pl.String)
 
 

@@ -44,37 +44,43 @@ def check_header(path: Path, wanted: Sequence[str], found: Sequence[str]) -> Non
 
 
 def read_delimited(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> pl.DataFrame:
-    """A text file without a header, every value a string.
+    """``read_delimited_chunks`` at once; for item files."""
+    return pl.concat(read_delimited_chunks(path, separator, columns, encoding), rechunk=True)
+
+
+def read_delimited_chunks(
+    path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8", size: int = 1 << 22
+) -> Iterator[pl.DataFrame]:
+    """A text file without a header, chunk by chunk, every value a string.
 
     Args:
         separator: between values, of any length; quotes have no meaning.
         columns: names by position; each line must hold exactly as many values.
+        size: bytes at a time; split into values they take some twenty times that.
 
     Raises:
         DataError: no line at all, a byte that is not of the encoding, or a line with too few or too many values.
     """
-    try:
-        raw = path.read_bytes()
+    first_row = 1
+    for block in line_blocks(path, size):
+        if first_row == 1 and not block.strip():
+            break
         # not splitlines(): it would also cut at a title's form feed or U+0085
-        text = raw.decode(encoding).removeprefix("\ufeff")
+        text = _decode(block, encoding, path, first_row).removeprefix("\ufeff")
         lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    except UnicodeDecodeError as error:
-        row = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: row {row} is not {encoding.upper()} text") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    if not any(lines):
+        rows = pl.Series("line", lines, dtype=pl.String).str.split(separator)
+        lengths = rows.list.len()
+        wrong = (lengths != len(columns)).arg_true()
+        if len(wrong):
+            place = int(wrong[0])
+            raise DataError(
+                f"{path}: row {first_row + place} has {lengths[place]} values, expected {len(columns)} "
+                f"({', '.join(columns[:4])}, ...) separated by {separator!r}: {lines[place][:80]!r}"
+            )
+        yield rows.list.to_struct(fields=list(columns)).struct.unnest()
+        first_row += len(lines)
+    if first_row == 1:
         raise DataError(f"{path}: is empty; fetch the file again")
-    rows = pl.Series("line", lines, dtype=pl.String).str.split(separator)
-    lengths = rows.list.len()
-    wrong = (lengths != len(columns)).arg_true()
-    if len(wrong):
-        row = int(wrong[0])
-        raise DataError(
-            f"{path}: row {row + 1} has {lengths[row]} values, expected {len(columns)} "
-            f"({', '.join(columns[:4])}, ...) separated by {separator!r}: {lines[row][:80]!r}"
-        )
-    return rows.list.to_struct(fields=list(columns)).struct.unnest()
 
 
 def open_text(path: Path) -> io.BufferedIOBase:
@@ -236,7 +242,7 @@ def read_csv_table(path: Path, columns: Sequence[str], separator: str = ",", enc
     rows: list[list[str]] = []
     try:
         names = next(reader)
-        check_header(path, columns, names)
+        check_header(path, columns or names, names)
         for values in reader:
             if len(values) != len(names):
                 if not values:
@@ -253,7 +259,7 @@ def read_csv_table(path: Path, columns: Sequence[str], separator: str = ",", enc
     return pl.DataFrame([pl.Series(name, values, dtype=pl.String) for name, values in wanted])
 
 
-def to_integers(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
+def to_integers(table: pl.DataFrame, column: str, path: Path, first_row: int = 1) -> pl.Series:
     """A column as int64; raises DataError at the first row that is missing or not a whole number."""
     values = table[column]
     numbers = values.cast(pl.Int64, strict=False)
@@ -262,7 +268,7 @@ def to_integers(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
         bad = (numbers != values).arg_true()
     if len(bad):
         row = int(bad[0])
-        raise DataError(f"{path}: row {row + 1} has {column}={values[row]!r}, which is not a whole number")
+        raise DataError(f"{path}: row {first_row + row} has {column}={values[row]!r}, which is not a whole number")
     return numbers
 
 
