@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from hllm.config import CachedItemsConfig, Config, Dtype, IdItemsConfig, to_plain
-from hllm.data.base import SequenceDataModule
+from hllm.data.base import DataModule
 from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
 from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16
@@ -36,15 +36,15 @@ def pin_dtype(config: Config) -> Config:
     return replace(config, llm=replace(config.llm, dtype=dtype))
 
 
-def build_datamodule(config: Config) -> SequenceDataModule:
+def build_datamodule(config: Config) -> DataModule:
     """The data set, read and ready: fetches what is missing."""
-    datamodule: SequenceDataModule = get_class(config.dataset._target_)(config.dataset, cache_dir(config))
+    datamodule: DataModule = get_class(config.dataset._target_)(config.dataset, cache_dir(config))
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule
 
 
-def build_module(config: Config, datamodule: SequenceDataModule) -> Recommender:
+def build_module(config: Config, datamodule: DataModule) -> Recommender:
     """The model, with fresh weights. Cached item vectors are attached later, by ``ItemEmbeddingCache``."""
     return Recommender(
         items=_build_items(config, datamodule.num_items),
@@ -57,7 +57,7 @@ def build_module(config: Config, datamodule: SequenceDataModule) -> Recommender:
         data_identity={
             "dataset": config.dataset.name,
             "protocol": config.dataset.protocol_name,
-            "interactions": datamodule.interactions.fingerprint,
+            "interactions": datamodule.fingerprint,
         },
         hyperparameters=to_plain(config),
     )

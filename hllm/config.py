@@ -271,7 +271,7 @@ class SplitConfig:
 class DatasetConfig:
     name: str = MISSING
     _target_: str = MISSING
-    "The SequenceDataModule that reads this data set."
+    "The DataModule that reads this data set."
     root: str | None = None
     "Folder with the raw files; unset fetches them."
     wheel: WheelConfig | None = None

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from hllm.build import build_datamodule, build_module, build_trainer
 from hllm.cli import parse, quiet_libraries, report_errors
 from hllm.config import Config, from_plain
-from hllm.data.base import SequenceDataModule
+from hllm.data.base import DataModule
 from hllm.errors import CheckpointError
 from hllm.module import Recommender
 from hllm.report import full_report
@@ -45,7 +45,7 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(trainer: L.Trainer, module: Recommender, datamodule: SequenceDataModule, ckpt: Path) -> Evaluation:
+def evaluate(trainer: L.Trainer, module: Recommender, datamodule: DataModule, ckpt: Path) -> Evaluation:
     """Validation and test metrics of a checkpoint, and the popularity floor."""
     for run in (trainer.validate, trainer.test):
         run(module, datamodule, ckpt_path=ckpt, verbose=False, weights_only=True)

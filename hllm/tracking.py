@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from hllm import __version__
 from hllm.config import Config, WandbMode, to_plain
-from hllm.data.base import SequenceDataModule
+from hllm.data.base import DataModule
 from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
@@ -131,12 +131,12 @@ def write_run_info(config: Config, run_dir: Path) -> None:
     write_json(run_dir / "environment.json", environment())
 
 
-def write_ranks(path: Path, module: Recommender, datamodule: SequenceDataModule) -> None:
+def write_ranks(path: Path, module: Recommender, datamodule: DataModule) -> None:
     """Each test user's target and its rank, by original ids: two runs can then be compared user by user."""
     users, targets, ranks = (torch.cat(column).numpy() for column in zip(*module.test_ranks, strict=True))
     order = np.argsort(users, kind="stable")
     columns = {
-        "user": datamodule.interactions.users[users[order]],
+        "user": datamodule.user_ids(users[order]),
         "target": datamodule.catalog.ids[targets[order] - 1],
         "rank": ranks[order],
     }

@@ -1,4 +1,5 @@
-"""SequenceDataModule: everything that data sets share. A data set adds only how its files are read."""
+"""DataModule: what every other stage knows of a data set. SequenceDataModule: what data sets that are read from raw
+files share; one of them adds only how its files are read."""
 
 import logging
 import os
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import polars as pl
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol
 from hllm.data.prepare import Prepared, RawEvents, prepare
-from hllm.data.schema import Batch, Catalog, Interactions
+from hllm.data.schema import Array32, Array64, Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
 from hllm.data.splits import Rows, Splits, split, train_counts, train_rows
 from hllm.data.store import PreparedStore
@@ -61,54 +63,51 @@ class RawFiles:
     first_row: int = 1
 
 
-class SequenceDataModule(L.LightningDataModule, ABC):
-    """Histories cut by a protocol into train, validation and test batches.
+class DataModule(L.LightningDataModule, ABC):
+    """A data set: its items, batches of its users' histories, and who the users are.
 
-    After ``setup`` it holds ``interactions``, ``catalog``, ``splits`` and ``train_counts`` (I + 1,) int64. The prepared
-    form is made once, kept in ``cache_dir/prepared``, and mapped by every later run and every worker.
+    After ``setup`` it holds ``catalog`` and ``train_counts`` (I + 1,) int64: how often each item occurs in the training
+    events; entry 0, padding, is 0. Users are numbers from 0; batches carry them.
 
     Args:
         config: the dataset group.
         cache_dir: where fetched files are kept.
     """
 
-    counts: Counts | None = None
-    "Published counts, checked after reading."
-    published_filter = FilterConfig()
-    "The filter under which they hold."
-
     def __init__(self, config: DatasetConfig, cache_dir: Path) -> None:
         super().__init__()
         self.config = config
         self.cache_dir = cache_dir
-        self.interactions: Interactions
         self.catalog: Catalog
-        self.splits: Splits
         self.train_counts: torch.Tensor
 
+    @property
+    def num_items(self) -> int:
+        return len(self.catalog)
+
+    @property
     @abstractmethod
-    def find(self, folder: Path) -> RawFiles:
-        """The raw files of a folder; raises DataError that says which are missing."""
+    def num_users(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of all events: two data sets with the same one, under one protocol, give the same splits."""
 
     @abstractmethod
-    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
-        """The interactions in file order, chunk by chunk: columns user, item, timestamp and, where there are any,
-        rating. Values may be of any type: ``prepare.check_events`` casts them and refuses what is wrong.
-
-        Raises:
-            DataError: naming file and row.
-        """
+    def user_ids(self, numbers: Array64) -> pl.Series:
+        """(n,) original ids of (n,) user numbers."""
 
     @abstractmethod
-    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
-        """All rows of the items file, or at least those of the items that are wanted.
+    def history(self, user: str) -> tuple[Array32, Array64] | None:
+        """(E,) item ids and (E,) times in seconds of everything a user, by original id, did; None: no such user."""
 
-        Args:
-            wanted: original ids of the items that have interactions, by first appearance.
+    def filter_of(self, files: RawFiles) -> FilterConfig:
+        """What is applied to these files: ``dataset.filter``, less what they went through before they were published."""
+        return self.config.filter
 
-        Raises:
-            DataError: naming file and row.
-        """
+    @abstractmethod
+    def setup(self, stage: str | None = None) -> None: ...
 
     def prepare_data(self) -> None:
         self.folder()
@@ -133,6 +132,58 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         raise DataError(
             f"{self.config.name}: set dataset.root= to the folder with its files. {self.config.where}".strip()
         )
+
+    def _loader(self, dataset: Dataset[Batch], sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
+        """A loader whose sampler yields whole batches of row numbers, so that a batch is gathered at once."""
+        return DataLoader(
+            dataset,
+            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+            collate_fn=_whole_batch,
+            num_workers=self.config.num_workers,
+            # forked workers share the mapped arrays; other ways of starting them would copy all events to each
+            multiprocessing_context="fork" if self.config.num_workers and hasattr(os, "fork") else None,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class SequenceDataModule(DataModule):
+    """Histories cut by a protocol into train, validation and test batches.
+
+    After ``setup`` it also holds ``interactions`` and ``splits``. The prepared form is made once, kept in
+    ``cache_dir/prepared``, and mapped by every later run and every worker.
+    """
+
+    counts: Counts | None = None
+    "Published counts, checked after reading."
+    published_filter = FilterConfig()
+    "The filter under which they hold."
+    interactions: Interactions
+    splits: Splits
+
+    @abstractmethod
+    def find(self, folder: Path) -> RawFiles:
+        """The raw files of a folder; raises DataError that says which are missing."""
+
+    @abstractmethod
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        """The interactions in file order, chunk by chunk: columns user, item, timestamp and, where there are any,
+        rating. Values may be of any type: ``prepare.check_events`` casts them and refuses what is wrong.
+
+        Raises:
+            DataError: naming file and row.
+        """
+
+    @abstractmethod
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        """All rows of the items file, or at least those of the items that are wanted.
+
+        Args:
+            wanted: original ids of the items that have interactions, by first appearance.
+
+        Raises:
+            DataError: naming file and row.
+        """
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "interactions"):
@@ -166,19 +217,33 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         return self.config.protocol is Protocol.leave_one_out_official
 
     def _prepare(self, files: RawFiles, folder: Path) -> Prepared:
-        rules = self.config.filter
+        rules = self.filter_of(files)
         raw = RawEvents(folder, files.interactions, files.first_row)
         raw.fill(self.read_events(files), rules.min_rating)
         catalog = self.read_items(files, raw.item_ids.ids())
         return prepare(raw, catalog, rules, folder, files.items, self._by_appearance, self.config.legacy_sort)
 
     @property
-    def num_items(self) -> int:
-        return len(self.catalog)
+    def num_users(self) -> int:
+        return self.interactions.num_users
+
+    @property
+    def fingerprint(self) -> str:
+        return self.interactions.fingerprint
+
+    def user_ids(self, numbers: Array64) -> pl.Series:
+        return self.interactions.users[numbers]
+
+    def history(self, user: str) -> tuple[Array32, Array64] | None:
+        found = (self.interactions.users == user).arg_true()
+        if not len(found):
+            return None
+        events = slice(*self.interactions.offsets[found[0] : found[0] + 2])
+        return np.array(self.interactions.items[events]), np.array(self.interactions.timestamps[events])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rows = train_rows(self.interactions, self.splits.train_ends, self.config.max_history, self.config.rows)
-        return self._loader(SequenceDataset(self.interactions, rows), self.config.batch_size, shuffle=True)
+        return self._rows_loader(SequenceDataset(self.interactions, rows), self.config.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self.splits.validation)
@@ -188,24 +253,14 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     def _evaluation_loader(self, rows: Rows) -> DataLoader[Batch]:
         dataset = SequenceDataset(self.interactions, rows, with_seen=True)
-        return self._loader(dataset, self.config.eval_batch_size, shuffle=False)
+        return self._rows_loader(dataset, self.config.eval_batch_size, shuffle=False)
 
-    def _loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        """A loader whose sampler yields whole batches of row numbers, so that a batch is gathered at once."""
+    def _rows_loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         if len(dataset) == 0:
             raise DataError(
                 f"{self.config.name}: no user has the {self.splits.needs} that {self.config.protocol_name} needs"
             )
-        return DataLoader(
-            dataset,
-            batch_sampler=BatchSampler(self._sampler(dataset, shuffle), batch_size, drop_last=False),
-            collate_fn=_whole_batch,
-            num_workers=self.config.num_workers,
-            # forked workers share the mapped arrays; other ways of starting them would copy all events to each
-            multiprocessing_context="fork" if self.config.num_workers and hasattr(os, "fork") else None,
-            persistent_workers=self.config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self._loader(dataset, self._sampler(dataset, shuffle), batch_size)
 
     def _sampler(self, dataset: SequenceDataset, shuffle: bool) -> Sampler[int]:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
