@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from tqdm import tqdm
 
 from hllm.config import CatalogItems, FilterConfig, UnknownItems
 from hllm.data.schema import Array32, Array64, Catalog
@@ -27,6 +28,7 @@ BLOCK_ROWS = 1 << 24
 "Rows sorted at a time."
 LATEST = 253_402_300_799
 "The last second of the year 9999: what is later is no time in seconds."
+MEND = "mend that row, or fetch the file again"
 
 
 class RawEvents:
@@ -57,19 +59,26 @@ class RawEvents:
             (self.folder / "raw-users").open("wb") as users,
             (self.folder / "raw-items").open("wb") as items,
             (self.folder / "raw-times").open("wb") as times,
+            # disable=None: no bar where nobody looks at a terminal
+            tqdm(desc=f"reading {self.source.name}", unit=" rows", leave=False, disable=None) as bar,
         ):
             for chunk in chunks:
                 row = self.first_row + self.num_read
                 self.num_read += len(chunk)
+                bar.update(len(chunk))
                 checked = check_events(chunk, self.source, row)
                 rows = np.arange(row, row + len(checked))
                 if min_rating is not None:
+                    if "rating" not in checked.columns:
+                        raise DataError(f"{self.source}: has no ratings for dataset.filter.min_rating={min_rating}")
                     kept = (checked["rating"] >= min_rating).to_numpy()
                     checked, rows = checked.filter(kept), rows[kept]
                 self.num_rows += len(checked)
-                self.user_ids(checked["user"]).tofile(users)
                 known = len(self.item_ids)
-                codes = self.item_ids(checked["item"])
+                # one select: Polars encodes the two columns on two cores
+                encoded = checked.select(user=self.user_ids.encode("user"), item=self.item_ids.encode("item"))
+                self.user_ids.codes(encoded["user"]).tofile(users)
+                codes = self.item_ids.codes(encoded["item"])
                 self.first_rows.append(rows[first_places(codes, known)])
                 codes.tofile(items)
                 checked["timestamp"].to_numpy().tofile(times)
@@ -113,9 +122,12 @@ class Codes:
         self.anchor = pl.Series(dtype=self.type)  # Polars forgets the mapping with the last series that uses it
         self.size = 0
 
-    def __call__(self, ids: pl.Series) -> Array32:
-        """(n,) strings -> (n,) int32."""
-        encoded = ids.cast(self.type)
+    def encode(self, column: str) -> pl.Expr:
+        """An expression that encodes a column of strings, for ``codes``."""
+        return pl.col(column).cast(self.type)
+
+    def codes(self, encoded: pl.Series) -> Array32:
+        """(n,) encoded -> (n,) int32."""
         codes = encoded.to_physical().to_numpy().astype(np.int32)
         if len(codes):
             self.anchor = encoded[:1]
@@ -126,8 +138,9 @@ class Codes:
         return self.size
 
     def ids(self) -> pl.Series:
-        """(n,) the ids by code, without white space around them."""
-        return self.categories.to_series().str.strip_chars()
+        """(n,) the ids by code."""
+        every = pl.Series(np.arange(self.size, dtype=np.uint32)).cat.to(self.type)
+        return every.cast(pl.String)
 
 
 def first_places(codes: Array32, known: int) -> Array64:
@@ -143,26 +156,29 @@ def first_places(codes: Array32, known: int) -> Array64:
 def check_events(chunk: pl.DataFrame, source: Path, first_row: int) -> pl.DataFrame:
     """Raw columns of any type as user and item (text), timestamp (int64 seconds) and, where there, rating (float64).
 
+    Each value is judged by itself, so that it does not matter how rows are cut into chunks. White space around a value
+    has no meaning. An id is text, "nan" and "007" too, or a whole number. A time is a whole number of seconds since
+    1970, in digits if it is text, or a column of dates or datetimes, read as UTC and cut to seconds. A rating is a
+    finite number.
+
     Raises:
         DataError: names file and row of the first value that is missing or not what it should be.
     """
     columns = []
     for name in ("user", "item"):
         ids = to_ids(chunk[name])
-        _refuse(ids.is_null() | (ids == ""), source, first_row, f"has no {name} id")
+        _refuse(ids.is_null() | (ids == ""), source, first_row, f"has no {name} id (found {{!r}})", chunk[name])
         columns.append(ids.alias(name))
     raw = chunk["timestamp"]
-    times = raw.cast(pl.Int64, strict=False)
-    if raw.dtype.is_float():
-        times = pl.select(pl.when(times == raw).then(times)).to_series()
-    _refuse(times.is_null(), source, first_row, "has timestamp={!r}, which is not a whole number", raw)
+    times = raw.dt.epoch("s") if raw.dtype in (pl.Date, pl.Datetime) else to_whole(raw)
+    _refuse(times.is_null(), source, first_row, "has timestamp={!r}, which is not a whole number of seconds", raw)
     _refuse(
         (times < 0) | (times > LATEST),
         *(source, first_row, "has timestamp={!r}, which is not between the years 1970 and 9999 in seconds", raw),
     )
     columns.append(times.alias("timestamp"))
     if "rating" in chunk.columns:
-        ratings = chunk["rating"].cast(pl.Float64, strict=False)
+        ratings = _cast(chunk["rating"], pl.Float64)
         finite = ratings.is_not_null() & ratings.is_finite()
         _refuse(~finite.fill_null(False), source, first_row, "has rating={!r}, which is not a number", chunk["rating"])
         columns.append(ratings.alias("rating"))
@@ -170,19 +186,41 @@ def check_events(chunk: pl.DataFrame, source: Path, first_row: int) -> pl.DataFr
 
 
 def to_ids(values: pl.Series) -> pl.Series:
-    """Values as text; whole numbers that a file holds as floats lose their ".0", and what is no number is missing."""
-    if values.dtype.is_float():
-        values = pl.select(pl.when(values.is_finite()).then(values)).to_series().alias(values.name)
-        if (values.drop_nulls() == values.drop_nulls().floor()).all():
-            values = values.cast(pl.Int64, strict=False)
-    return values.cast(pl.String)
+    """Ids as text without white space around them; null where a value is neither text nor a whole number.
+
+    Whole numbers that a file holds as floats lose their ".0".
+    """
+    if values.dtype.is_numeric():
+        return to_whole(values).cast(pl.String)
+    if values.dtype == pl.String or isinstance(values.dtype, pl.Categorical | pl.Enum):
+        return values.cast(pl.String).str.strip_chars()
+    return pl.Series(values.name, [None] * len(values), pl.String)
 
 
-def _refuse(wrong: pl.Series, source: Path, first_row: int, message: str, values: pl.Series | None = None) -> None:
+def to_whole(values: pl.Series) -> pl.Series:
+    """Values as int64; null where one is not a whole number, or is a float too large to tell it from its neighbours."""
+    numbers = _cast(values, pl.Int64)
+    if values.dtype.is_float() or values.dtype.is_decimal():
+        exact = 2**24 if values.dtype == pl.Float32 else 2**53
+        whole = (numbers == values) & ((numbers.abs() <= exact) | values.dtype.is_decimal())
+        numbers = pl.select(pl.when(whole).then(numbers)).to_series().alias(values.name)
+    return numbers
+
+
+def _cast(values: pl.Series, kind: type[pl.Int64 | pl.Float64]) -> pl.Series:
+    """Numbers, or text that is one, as ``kind``; null where a value is none."""
+    if values.dtype.is_numeric():
+        return values.cast(kind, strict=False)
+    if values.dtype != pl.String:
+        return pl.Series(values.name, [None] * len(values), kind)
+    numbers = values.cast(kind, strict=False)
+    return values.str.strip_chars().cast(kind, strict=False) if numbers.has_nulls() else numbers
+
+
+def _refuse(wrong: pl.Series, source: Path, first_row: int, message: str, values: pl.Series) -> None:
     if wrong.any():
         place = int(wrong.arg_true()[0])
-        value = () if values is None else (values[place],)
-        raise DataError(f"{source}: row {first_row + place} {message.format(*value)}")
+        raise DataError(f"{source}: row {first_row + place} {message.format(values[place])}; {MEND}")
 
 
 @dataclass(frozen=True)
@@ -201,16 +239,17 @@ class Numbering:
 
 
 def number_users(ids: pl.Series, by_appearance: bool) -> tuple[Array32, pl.Series]:
-    """(n,) ids by code -> (n,) user numbers by code, and (U,) the ids by number.
+    """(U,) ids by code -> (U,) user numbers by code, and (U,) the ids by number.
 
-    Users are numbered in ascending order of their ids (as numbers, if all are whole numbers) or by first appearance.
-    Ids that differ only in white space around them are one.
+    Users are numbered in ascending order of their ids (as numbers, if all are whole numbers of 64 bits) or by first
+    appearance.
     """
-    unique = ids.unique(maintain_order=True)
-    if not by_appearance:
-        numbers = unique.cast(pl.Int64, strict=False)
-        unique = unique[numbers.arg_sort()] if not numbers.has_nulls() else unique.sort()
-    return _places(ids, unique), unique
+    if by_appearance:
+        return np.arange(len(ids), dtype=np.int32), ids
+    numbers = ids.cast(pl.Int64, strict=False)
+    keys = [ids] if numbers.has_nulls() else [numbers, ids]  # "7" and "07" are two users
+    ordered = ids[pl.select(pl.arg_sort_by(keys)).to_series()]
+    return _places(ids, ordered), ordered
 
 
 def _places(ids: pl.Series, among: pl.Series) -> Array32:
@@ -247,7 +286,7 @@ def number_items(
     )
     if unknown is UnknownItems.drop:
         return numbers, catalog
-    added = ids[missing].unique(maintain_order=True)
+    added = ids[missing]
     grown = Catalog(
         pl.concat([catalog.ids, added]),
         {name: pl.concat([values, pl.repeat("", len(added), eager=True)]) for name, values in catalog.fields.items()},
@@ -279,6 +318,8 @@ def sort_events(
         for path in blocks:
             rows = np.fromfile(path, _ROW)
             path.unlink()
+            if not len(rows):  # beside a user of several blocks
+                continue
             rows = rows[sorted_order(rows["user"], None if legacy_sort else rows["time"])]
             if drop_duplicates:
                 kept = ~repeats(rows["user"], rows["time"], rows["item"])

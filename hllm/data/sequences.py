@@ -34,16 +34,29 @@ class SequenceDataset(Dataset[Batch]):
         data, rows = self.interactions, self.rows
         index = np.asarray(indices, dtype=np.int64)
         users, starts, ends = rows.users[index], rows.starts[index], rows.ends[index]
-        position = starts[:, None] + np.arange((ends - starts).max())  # (B, L)
-        mask = position < ends[:, None]
-        position = np.where(mask, position, starts[:, None])
-        is_target = position == ends[:, None] - 1 if rows.last_only else mask
+        lengths = ends - starts
+        longest = int(lengths.max())
+        steps = np.arange(longest + 1)
+        padding = steps[:-1] >= lengths[:, None]  # (B, L)
+        # one window holds histories and targets; what it reads behind a row is zeroed
+        window = starts[:, None] + steps  # (B, L + 1)
+        events = data.items.take(window, mode="clip").astype(np.int64)
+        times = data.timestamps.take(window[:, :-1], mode="clip")
+        if rows.last_only:
+            targets = np.zeros(padding.shape, np.int64)
+            targets[np.arange(len(index)), lengths - 1] = data.items[ends]
+        else:
+            targets = events[:, 1:].copy()
+            np.copyto(targets, 0, where=padding)
+        items = np.ascontiguousarray(events[:, :-1])
+        np.copyto(items, 0, where=padding)
+        np.copyto(times, 0, where=padding)
         return Batch(
             users=torch.from_numpy(users),
-            items=torch.from_numpy(np.where(mask, data.items[position], 0).astype(np.int64)),
-            timestamps=torch.from_numpy(np.where(mask, data.timestamps[position], 0)),
-            targets=torch.from_numpy(np.where(is_target & mask, data.items[position + 1], 0).astype(np.int64)),
-            mask=torch.from_numpy(mask),
+            items=torch.from_numpy(items),
+            timestamps=torch.from_numpy(times),
+            targets=torch.from_numpy(targets),
+            mask=torch.from_numpy(~padding),
             seen=torch.from_numpy(self._seen(users, ends) if self.with_seen else np.empty((2, 0), np.int64)),
         )
 
