@@ -247,8 +247,8 @@ def number_users(ids: pl.Series, by_appearance: bool) -> tuple[Array32, pl.Serie
     if by_appearance:
         return np.arange(len(ids), dtype=np.int32), ids
     numbers = ids.cast(pl.Int64, strict=False)
-    keys = [ids] if numbers.has_nulls() else [numbers, ids]  # "7" and "07" are two users
-    ordered = ids[pl.select(pl.arg_sort_by(keys)).to_series()]
+    keys = ["id"] if numbers.has_nulls() else ["number", "id"]  # "7" and "07" are two users
+    ordered = pl.DataFrame({"id": ids, "number": numbers}).sort(keys)["id"]
     return _places(ids, ordered), ordered
 
 
