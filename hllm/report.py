@@ -51,9 +51,11 @@ def protocol_line(identity: Mapping[str, str], results: Results) -> str:
     everyone = results["test"]["all"]
     users, name = everyone["users"], metric_names(results)[0]
     error = sqrt(everyone[name] * (1 - everyone[name]) / users)
+    # this protocol alone predicts several events of one user
+    counted = "predictions" if "successive" in identity["protocol"] else "users"
     return (
         f"{identity['dataset']}, protocol {identity['protocol']} (whole catalogue ranked, history masked), "
-        f"data {identity['interactions']}, {users:.0f} users; one standard error of {name} is {error:.3f}"
+        f"data {identity['interactions']}, {users:.0f} {counted}; one standard error of {name} is {error:.3f}"
     )
 
 

@@ -31,3 +31,9 @@ def test_the_report_breaks_results_down_by_training_frequency() -> None:
     report = full_report(RESULTS, IDENTITY, "mine")
     row = next(line for line in report.splitlines() if line.startswith("| 10+ times"))
     assert [cell.strip() for cell in row.split("|")[2:6]] == ["70", "0.2000", "0.3000", "0.1250"]
+
+
+def test_a_protocol_of_several_targets_a_user_counts_predictions() -> None:
+    identity = IDENTITY | {"protocol": "temporal 80/10/10 successive"}
+    assert " predictions; one standard error" in protocol_line(identity, RESULTS)
+    assert " users; one standard error" in protocol_line(IDENTITY, RESULTS)
