@@ -103,7 +103,7 @@ class DataModule(L.LightningDataModule, ABC):
         """(E,) item ids and (E,) times in seconds of everything a user, by original id, did; None: no such user."""
 
     def filter_of(self, files: RawFiles) -> FilterConfig:
-        """What is applied to these files: ``dataset.filter``, less what they went through before they were published."""
+        """What is applied to these files: ``dataset.filter``, less what they went through before publication."""
         return self.config.filter
 
     @abstractmethod
