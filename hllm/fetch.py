@@ -25,7 +25,7 @@ import requests
 from tqdm import tqdm
 
 from hllm.config import DownloadConfig, WheelConfig
-from hllm.disk import TEMPORARY, locked, writing
+from hllm.disk import TEMPORARY, locked, sync_tree, writing
 from hllm.errors import FetchError
 
 log = logging.getLogger(__name__)
@@ -159,11 +159,17 @@ def _fetch_all(downloads: Sequence[DownloadConfig], unfinished: Path) -> None:
             stale.unlink()
     for download, name in zip(downloads, names, strict=True):
         _download_file(download, archives, name)
-    for download, name in zip(downloads, names, strict=True):
-        if download.files:
-            _unzip(download, archives / name, files)
-        else:
-            shutil.copyfile(archives / name, _free(files / name, download))
+    try:
+        for download, name in zip(downloads, names, strict=True):
+            if download.files:
+                _unzip(download, archives / name, files)
+        for download, name in zip(downloads, names, strict=True):
+            if not download.files:
+                (archives / name).rename(_free(files / name, download))
+        sync_tree(files)
+    except BaseException:
+        shutil.rmtree(files, ignore_errors=True)
+        raise
 
 
 def _base_name(path: str, download: DownloadConfig) -> str:
