@@ -3,20 +3,29 @@
 Columns are found by name. A row is a line of the file, counted from 1 with the header.
 """
 
+import codecs
+import contextlib
 import csv
 import gzip
 import io
+import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from typing import BinaryIO, cast
 
 import polars as pl
 
+from hllm.data.prepare import MEND, to_ids, to_whole
 from hllm.data.schema import Catalog
 from hllm.errors import DataError
 
 BLOCK_BYTES = 1 << 26
 "Of a delimited file, parsed at a time."
+TABLE_ROWS = 1 << 16
+"Records of an items file held as Python objects at a time."
 csv.field_size_limit(1 << 24)  # some descriptions are longer than the 128 KiB that Python allows
 
 
@@ -26,21 +35,58 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     Raises:
         DataError: the file is torn, empty, not Parquet, not UTF-8, or lacks a column.
     """
-    try:
+    with _reading_parquet(path):
         table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
     check_header(path, columns, table.columns)
     return table.select(columns)
+
+
+def read_parquet_header(path: Path) -> list[str]:
+    """Names of a Parquet file's columns; raises DataError as ``read_parquet``."""
+    with _reading_parquet(path):
+        return list(pl.read_parquet_schema(path))
+
+
+def read_parquet_chunks(path: Path, columns: Mapping[str, str], rows: int = 1 << 22) -> Iterator[pl.DataFrame]:
+    """Columns of a Parquet file of any size, chunk by chunk, in file order and of the types that the file has.
+
+    Args:
+        columns: name in the result -> name in the file.
+        rows: at a time, about.
+
+    Raises:
+        DataError: as ``read_parquet``.
+    """
+    check_header(path, list(columns.values()), read_parquet_header(path))
+    wanted = [pl.col(name).alias(key) for key, name in columns.items()]
+    with _reading_parquet(path):
+        chunks = pl.scan_parquet(path, glob=False).select(wanted).collect_batches(chunk_size=rows, maintain_order=True)
+    while True:
+        with _reading_parquet(path):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+@contextlib.contextmanager
+def _reading_parquet(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
 
 
 def check_header(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:
     """Raises DataError, with both headers, where a column is not there or is there twice."""
     for column in wanted:
         if column not in found:
-            raise DataError(f"{path}: has no column {column!r}; expected {list(wanted)}, found {list(found)}")
+            raise DataError(
+                f"{path}: has no column {column!r}; expected {list(wanted)}, found {list(found)}. Is it the right "
+                "file? Columns of your own are named by dataset=custom dataset.user_column= and the like"
+            )
         if list(found).count(column) > 1:
-            raise DataError(f"{path}: has two columns {column!r}; found {list(found)}")
+            raise DataError(f"{path}: has two columns {column!r}; found {list(found)}. Rename one of them")
 
 
 def read_delimited(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> pl.DataFrame:
@@ -83,32 +129,65 @@ def read_delimited_chunks(
         raise DataError(f"{path}: is empty; fetch the file again")
 
 
+def find_pair(folder: Path, pairs: Sequence[tuple[str, str]], where: str = "") -> tuple[Path, Path]:
+    """The first pair of interactions and items file that is whole in a folder; a name ending in .gz also without it.
+
+    Args:
+        where: from where to fetch them, for the message.
+
+    Raises:
+        DataError: no pair is whole; says what is there.
+    """
+    for names in pairs:
+        found = [_find(folder, name) for name in names]
+        if found[0] and found[1]:
+            return found[0], found[1]
+    wanted = " or ".join(f"{first} and {second}" for first, second in pairs)
+    there = sorted({name for names in pairs for name in names if _find(folder, name)})
+    only = f"; of these there is only {', '.join(there)}" if there else ""
+    raise DataError(f"dataset.root={folder}: needs {wanted}{only}. {where}".rstrip())
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    paths = (folder / name, folder / name.removesuffix(".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def open_text(path: Path) -> io.BufferedIOBase:
-    """A file, or what a .gz file holds, as bytes; raises DataError where it cannot be opened."""
-    try:
-        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+    """A file, or what a gzip file holds, as bytes; raises DataError where it cannot be opened.
+
+    Compression is known by the file's first bytes, not by its name: browsers unpack files and keep the name.
+    """
+    with _reading(path):
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        return gzip.open(path) if packed else path.open("rb")
 
 
-def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """Whole lines, about ``size`` bytes at a time.
+def line_blocks(path: Path, size: int | None = None) -> Iterator[bytes]:
+    """Whole lines, about ``size`` bytes at a time, else ``BLOCK_BYTES``.
 
     Raises:
         DataError: the file cannot be read, or its compression is cut short or broken.
     """
     with open_text(path) as file:
         while True:
-            try:
-                block = file.read(size)
+            with _reading(path):
+                block = file.read(size or BLOCK_BYTES)
                 block += file.readline()
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"{path}: the compressed file is cut short or broken; fetch it again") from error
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror or error}") from error
             if not block:
                 return
             yield block
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the compressed file is cut short or broken; fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give a file that can be read") from error
 
 
 def read_csv_chunks(
@@ -120,47 +199,79 @@ def read_csv_chunks(
 ) -> Iterator[pl.DataFrame]:
     """A delimited file of any size, chunk by chunk, every value a string.
 
-    A record is one line; values may stand in double quotes, with "" for a quote inside. A byte order mark, CRLF line
-    ends and empty lines at the end of the file are skipped. Every line must hold as many values as the header, and
-    the wanted ones must not be empty.
+    A record is one line, ended by LF or CRLF; values may stand in double quotes, with "" for a quote inside, and a
+    quote in the middle of a value is a character like others. A byte order mark at the beginning and empty lines at
+    the end are skipped. Every line must hold as many values as the header, and the wanted ones must not be empty.
 
     Args:
-        path: .gz is decompressed on the way.
+        path: gzip is decompressed on the way.
         columns: name in the result -> name in the header.
         header: of a file that has none: its columns by position.
 
     Raises:
         DataError: names file and row; a wrong header is shown beside the expected one.
     """
+    check_form(separator, encoding)
     row = 1
     names = None if header is None else list(header)
-    blank_since: int | None = None
+    empty: int | None = None
     for block in line_blocks(path):
         if row == 1:
-            block = block.removeprefix(b"\xef\xbb\xbf")
-        if encoding.lower() not in ("utf-8", "utf8"):
+            block = block.removeprefix(codecs.BOM_UTF8)
+        if codecs.lookup(encoding).name != "utf-8":
             block = _decode(block, encoding, path, row).encode()
         if names is None:
             line, _, block = block.partition(b"\n")
-            names = next(csv.reader([_decode(line, "utf-8", path, 1).rstrip("\r\n")], delimiter=separator), [])
-            check_header(path, list(columns.values()), names)
+            names = _header(line, path, list(columns.values()), separator)
             row = 2
-        lines = block.count(b"\n") + (not block.endswith(b"\n"))
-        if not block.strip():
-            if block:
-                blank_since = row if blank_since is None else blank_since
-                row += lines
-            continue
-        if blank_since is not None:
-            raise DataError(f"{path}: row {blank_since} is empty; only the end of the file may be")
-        stripped = block.rstrip(b"\r\n")
-        tail = lines - (stripped.count(b"\n") + 1)
-        yield _parse(stripped + b"\n", path, row, columns, names, separator)
-        if tail:
-            blank_since = row + lines - tail
+        body = block.rstrip(b"\r\n")
+        if b"\r" in block[len(body) :].replace(b"\r\n", b""):  # belongs to a line, which is refused for it
+            body = block.rstrip(b"\n")
+        if body:
+            if empty is not None:
+                raise _empty(path, empty)
+            body += b"\n"
+            yield _parse(body, path, row, columns, names, separator)
+        lines, used = block.count(b"\n") + (block[-1:] not in (b"\n", b"")), body.count(b"\n")
+        if lines > used and empty is None:
+            empty = row + used
         row += lines
-    if names is None:
+    if names is None or row == 1:
         raise DataError(f"{path}: is empty; fetch the file again")
+
+
+def check_form(separator: str, encoding: str) -> None:
+    """Raises DataError where a file cannot be cut into lines and values in this way."""
+    if len(separator) != 1 or not separator.isascii() or separator in '"\r\n\0':
+        raise DataError(
+            f"dataset.separator={separator!r}: must be one ASCII character, and neither a quote nor a line end"
+        )
+    try:
+        if b"\n".decode(encoding) != "\n":
+            raise UnicodeError
+    except LookupError as error:
+        raise DataError(f"dataset.encoding={encoding}: Python knows no such encoding") from error
+    except UnicodeError as error:
+        raise DataError(
+            f"dataset.encoding={encoding}: has line ends of more than one byte; save the file as UTF-8"
+        ) from error
+
+
+def _bad(path: Path, row: int, what: str) -> DataError:
+    return DataError(f"{path}: row {row} {what}; {MEND}")
+
+
+def _empty(path: Path, row: int) -> DataError:
+    return _bad(path, row, "is empty, which only lines at the end of the file may be")
+
+
+def read_csv_header(path: Path, separator: str = ",", encoding: str = "utf-8") -> list[str]:
+    """The names in the first line of a delimited file; raises DataError where there are none."""
+    line = next(line_blocks(path, size=1), b"").removeprefix(b"\xef\xbb\xbf")
+    names = next(csv.reader([_decode(line, encoding, path, 1).rstrip("\r\n")], delimiter=separator), [])
+    if not any(names):
+        raise DataError(f"{path}: row 1 is empty; it must name the columns")
+    return names
 
 
 def _decode(data: bytes, encoding: str, path: Path, row: int) -> str:
@@ -172,91 +283,209 @@ def _decode(data: bytes, encoding: str, path: Path, row: int) -> str:
             f"{path}: row {row} is not {encoding.upper()} text; save the file as UTF-8, or name its encoding "
             "(dataset.encoding= of dataset=custom)"
         ) from error
-    except LookupError as error:
-        raise DataError(f"dataset.encoding={encoding}: Python knows no such encoding") from error
+
+
+def _header(line: bytes, path: Path, wanted: Sequence[str], separator: str) -> list[str]:
+    names = _values(line, path, 1, separator)
+    other = next((mark for mark in ",\t;|" if mark != separator and mark in names[0]), None)
+    if len(names) == 1 and other is not None and wanted != names:
+        raise DataError(
+            f"{path}: row 1 is not separated by {separator!r}: {names[0][:80]!r}; give dataset.separator="
+            f"{other!r} (dataset=custom)"
+        )
+    check_header(path, wanted, names)
+    return names
+
+
+def _values(line: bytes, path: Path, row: int, separator: str) -> list[str]:
+    """The values of one line; this says what a line means."""
+    text = _decode(line, "utf-8", path, row).removesuffix("\r")
+    if not text:
+        raise _empty(path, row)
+    if "\0" in text:
+        raise _bad(path, row, "holds a zero byte: the file is torn, or not text")
+    if "\r" in text:
+        raise _bad(path, row, f"holds a lone carriage return: {text[:80]!r}; lines must end in LF or CRLF")
+    try:
+        return next(csv.reader([text], delimiter=separator, strict=True))
+    except csv.Error as error:
+        reason = "a quoted value does not end on its line" if "unexpected end" in str(error) else str(error)
+        raise _bad(path, row, f"is not CSV ({reason}): {text[:80]!r}") from error
 
 
 def _parse(
     block: bytes, path: Path, row: int, columns: Mapping[str, str], names: Sequence[str], separator: str
 ) -> pl.DataFrame:
-    """The wanted columns of some lines."""
-    schema = {f"column {place}": pl.String for place in range(len(names))}
+    """The wanted columns of some lines: at once, or line by line where it is not sure that this gives the same."""
+    table = _parse_at_once(block, len(names), separator)
+    if table is not None:
+        found = table.select(pl.nth(names.index(name)).alias(key) for key, name in columns.items())
+        if not any((values.is_null() | (values == "")).any() for values in found):
+            return found
+    rows = []
+    for number, line in enumerate(block.split(b"\n")[:-1], start=row):
+        values = _values(line, path, number, separator)
+        _check_length(values, path, number, names, separator)
+        record = dict(zip(names, values, strict=True))
+        for name in columns.values():
+            if not record[name]:
+                raise _bad(path, number, f"has no {name}")
+        rows.append([record[name] for name in columns.values()])
+    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row")
+
+
+def _parse_at_once(block: bytes, width: int, separator: str) -> pl.DataFrame | None:
+    """All columns of some lines; None where a line may be wrong or may mean something else."""
+    if b"\0" in block or block.startswith(codecs.BOM_UTF8) or block.count(b"\r") != block.count(b"\r\n"):
+        return None
+    schema = {f"column {place}": pl.String for place in range(width)}
     try:
         table = pl.read_csv(block, separator=separator, has_header=False, schema=schema)
-        if len(table) != block.count(b"\n"):
-            raise pl.exceptions.ComputeError("a record of several lines")
-    except (pl.exceptions.PolarsError, ValueError) as error:
-        raise _diagnose(block, path, row, names, separator, error) from error
-    found = table.select(pl.col(f"column {names.index(name)}").alias(key) for key, name in columns.items())
-    for key in found.columns:
-        if found[key].has_nulls():
-            # an empty value, or a line that ended before it
-            raise _diagnose(block, path, row, names, separator, None, columns[key], found[key].is_null().arg_true()[0])
-    return found
+    except (pl.exceptions.PolarsError, ValueError):
+        return None
+    if len(table) != block.count(b"\n"):
+        return None
+    # Polars fills up lines that are too short
+    if b'"' in block:
+        return None if table.to_series(-1).has_nulls() else table
+    return table if block.count(separator.encode()) == len(table) * (width - 1) else None
 
 
-def _diagnose(
-    block: bytes,
-    path: Path,
-    row: int,
-    names: Sequence[str],
-    separator: str,
-    error: Exception | None,
-    column: str = "",
-    place: int = 0,
-) -> DataError:
-    """What is wrong with lines that could not be parsed: the first line that has another number of values."""
-    expected = f"expected {len(names)} ({', '.join(names[:4])}) separated by {separator!r}"
-    for number, line in enumerate(block.split(b"\n")[:-1], start=row):
-        text = _decode(line, "utf-8", path, number).rstrip("\r")
-        if not text.strip():
-            return DataError(f"{path}: row {number} is empty; only the end of the file may be")
-        try:
-            values = next(csv.reader([text], delimiter=separator, strict=True))
-        except csv.Error as reason:
-            return DataError(f"{path}: row {number} is not CSV ({reason}): {text[:80]!r}")
-        if len(values) != len(names):
-            return DataError(f"{path}: row {number} has {len(values)} values, {expected}: {text[:80]!r}")
-    if column:
-        return DataError(f"{path}: row {row + place} has no {column}")
-    return DataError(f"{path}: rows {row} and following cannot be read as CSV ({error})")
+def _check_length(values: Sequence[str], path: Path, row: int, names: Sequence[str], separator: str) -> None:
+    if len(values) != len(names):
+        raise _bad(
+            path,
+            row,
+            f"has {len(values)} values, expected {len(names)} ({', '.join(names[:4])}) separated by {separator!r}: "
+            f"{separator.join(values)[:80]!r}",
+        )
 
 
 def read_csv_table(path: Path, columns: Sequence[str], separator: str = ",", encoding: str = "utf-8") -> pl.DataFrame:
-    """Named columns of a delimited file with a header, every value a string, missing ones null; for item files.
+    """Named columns of a delimited file with a header, every value a string, missing ones ""; for item files.
 
-    Records may run over several lines where values are quoted. Every record must hold as many values as the header.
+    Records may run over several lines where values are quoted. Lines end in LF, CRLF or CR. A byte order mark and
+    empty lines are skipped. Every record must hold as many values as the header.
 
     Args:
         columns: names in the header; empty takes all.
 
     Raises:
-        DataError: names file and row; a wrong header is shown beside the expected one.
+        DataError: names file and row, where a record begins; a wrong header is shown beside the expected one.
     """
-    blocks = list(line_blocks(path))
-    text = _decode(b"".join(blocks), encoding, path, 1).removeprefix("\ufeff")
-    # NUL cannot stand in a file of text, and csv would read past it
-    if not text.strip():
-        raise DataError(f"{path}: is empty; fetch the file again")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows: list[list[str]] = []
+    return _read_records(path, columns, separator, encoding)[0]
+
+
+def read_csv_catalog(
+    path: Path, columns: Sequence[str], id_column: str, separator: str = ",", encoding: str = "utf-8"
+) -> Catalog:
+    """``to_catalog`` of ``read_csv_table``."""
+    table, rows = _read_records(path, columns, separator, encoding)
+    return to_catalog(table, id_column, path, first_row=2, rows=rows)
+
+
+def _read_records(
+    path: Path, columns: Sequence[str], separator: str, encoding: str
+) -> tuple[pl.DataFrame, Sequence[int]]:
+    """A table, and the line on which each record begins.
+
+    Records go into columns every ``TABLE_ROWS``: strings of Python take far more memory.
+    """
+    check_form(separator, encoding)
+    parts: list[pl.DataFrame] = []
+    records: list[list[str]] = []
+    rows, row = array("q"), 1
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     try:
-        names = next(reader)
-        check_header(path, columns or names, names)
-        for values in reader:
-            if len(values) != len(names):
-                if not values:
-                    continue
-                raise DataError(
-                    f"{path}: row {reader.line_num} has {len(values)} values, expected {len(names)} "
-                    f"({', '.join(names[:4])}) separated by {separator!r}: {separator.join(values)[:80]!r}"
-                )
-            rows.append(values)
+        with _reading(path), io.TextIOWrapper(cast(BinaryIO, open_text(path)), codec, newline="") as text:
+            reader = csv.reader(_without_zeros(text, path), delimiter=separator, strict=True)
+            names = next((values for values in reader if any(values)), None)
+            if names is None:
+                raise DataError(f"{path}: is empty; fetch the file again")
+            check_header(path, columns or names, names)
+            places = {name: names.index(name) for name in (columns or names)}
+            row = reader.line_num + 1
+            for values in reader:
+                if values:
+                    _check_length(values, path, row, names, separator)
+                    records.append(values)
+                    rows.append(row)
+                if len(records) == TABLE_ROWS:
+                    parts.append(_to_table(records, places))
+                    records = []
+                row = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}: row {reader.line_num} is not CSV ({error})") from error
-    by_column = list(zip(*rows, strict=True)) or [()] * len(names)
-    wanted = [(name, by_column[names.index(name)]) for name in (columns or names)]
-    return pl.DataFrame([pl.Series(name, values, dtype=pl.String) for name, values in wanted])
+        raise _bad(path, row, f"begins a record that is not CSV ({error})") from error
+    except UnicodeDecodeError:
+        # the codec reads ahead: only a second look finds the row
+        _decode(b"".join(line_blocks(path)), encoding, path, 1)
+        raise
+    return pl.concat([*parts, _to_table(records, places)]), rows
+
+
+def _without_zeros(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for row, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise _bad(path, row, "holds a zero byte: the file is torn, or not text")
+        yield line
+
+
+def _to_table(rows: list[list[str]], places: Mapping[str, int]) -> pl.DataFrame:
+    return pl.DataFrame(
+        [pl.Series(name, [values[place] for values in rows], dtype=pl.String) for name, place in places.items()]
+    )
+
+
+def read_json_lines(path: Path) -> pl.DataFrame:
+    """One JSON object a line as a table of text, missing values ""; columns by first appearance.
+
+    Numbers keep the digits that the file has, lists are joined by ", " and objects as "key: value".
+
+    Raises:
+        DataError: names file and row of what is no JSON object.
+    """
+    columns: dict[str, list[str]] = {}
+    row = 0
+    blank = 0
+    for block in line_blocks(path):
+        block = block if row else block.removeprefix(b"\xef\xbb\xbf")
+        for line in _decode(block, "utf-8", path, row + 1).removesuffix("\n").split("\n"):
+            row += 1
+            if not line.strip():
+                blank = blank or row
+                continue
+            if blank:
+                raise DataError(f"{path}: row {blank} is empty; only the end of the file may be")
+            try:
+                record = json.loads(line, parse_int=str, parse_float=str)
+            except ValueError as error:
+                raise DataError(f"{path}: row {row} is not JSON ({error}): {line[:80]!r}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{path}: row {row} is not a JSON object; one a line is read: {line[:80]!r}")
+            for name in record.keys() - columns.keys():
+                columns[name] = [""] * (row - 1)
+            for name, values in columns.items():
+                values.append(plain_text(record.get(name)))
+    if not columns:
+        raise DataError(f"{path}: is empty; fetch the file again")
+    return pl.DataFrame([pl.Series(name, values, dtype=pl.String) for name, values in columns.items()])
+
+
+def plain_text(value: Any) -> str:
+    """A value of JSON or of a nested Parquet column, for reading.
+
+    >>> plain_text({"brand": "Acme", "categories": [["Hair", "Care"], None], "year": 1987.0, "new": True})
+    'brand: Acme, categories: Hair, Care, year: 1987, new: true'
+    """
+    if value is None or value != value:  # not a number
+        return ""
+    if isinstance(value, dict):
+        value = [f"{name}: {text}" for name, item in value.items() if (text := plain_text(item))]
+    if isinstance(value, list):
+        return ", ".join(text for item in value if (text := plain_text(item)))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def to_integers(table: pl.DataFrame, column: str, path: Path, first_row: int = 1) -> pl.Series:
@@ -292,29 +521,47 @@ def read_catalog(path: Path) -> Catalog:
     Raises:
         DataError: the file is missing, empty or torn, has no column id, or an id is empty or occurs twice.
     """
-    return to_catalog(read_csv_table(path, []), "id", path, first_row=2)
+    return read_csv_catalog(path, [], "id")
 
 
-def to_catalog(table: pl.DataFrame, column: str, path: Path, first_row: int) -> Catalog:
+def to_catalog(table: pl.DataFrame, column: str, path: Path, first_row: int, rows: Sequence[int] = ()) -> Catalog:
     """A table of items as a Catalog: ids without white space around them, all other columns as text fields.
 
+    Ids follow the rule of ``prepare.to_ids``, so that they are those of the interactions. A column of floats that are
+    all whole numbers loses its ".0".
+
     Args:
-        table: text or numbers; missing values become "".
+        table: text, numbers or dates; missing values become "".
         column: of the original ids.
         first_row: line of the first record, for messages.
+        rows: line of each record, where records are not a line each.
 
     Raises:
-        DataError: no row, no such column, or an id that is empty or occurs twice.
+        DataError: no row, no such column, a column that is not text, or an id that is missing or occurs twice.
     """
     check_header(path, [column], table.columns)
-    ids = table[column].cast(pl.String).fill_null("").str.strip_chars()
+    ids = to_ids(table[column])
     if not len(ids):
-        raise DataError(f"{path}: has no item, only a header")
-    if (ids == "").any():
-        raise DataError(f"{path}: row {first_row + int((ids == '').arg_true()[0])} has no {column}")
-    repeated = ~ids.is_first_distinct()
-    if repeated.any():
-        row = int(repeated.arg_true()[0])
-        raise DataError(f"{path}: row {first_row + row} repeats {column} {ids[row]!r}; ids must be unique")
-    fields = {name: table[name].cast(pl.String).fill_null("") for name in table.columns if name != column}
-    return Catalog(ids, fields)
+        raise DataError(f"{path}: has no item, only a header; fetch the file again")
+    for wrong, values, what in (
+        (ids.is_null() | (ids == ""), table[column], "has no {} (found {!r})"),
+        (~ids.is_first_distinct(), ids, "repeats {} {!r}; ids must be unique"),
+    ):
+        if wrong.any():
+            place = int(wrong.arg_true()[0])
+            row = rows[place] if rows else first_row + place
+            raise _bad(path, row, what.format(column, values[place]))
+    return Catalog(ids, {name: _field(table[name], path) for name in table.columns if name != column})
+
+
+def _field(values: pl.Series, path: Path) -> pl.Series:
+    if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
+        raise DataError(
+            f"{path}: column {values.name!r} holds {values.dtype}, not text; leave it out (dataset.text_fields= of "
+            "dataset=custom), or store it as text"
+        )
+    if values.dtype.is_float():
+        values = values.fill_nan(None)
+        whole = to_whole(values)
+        values = whole if whole.null_count() == values.null_count() else values
+    return values.cast(pl.String).fill_null("")
