@@ -58,6 +58,8 @@ def show(arguments: Sequence[str]) -> None:
         else:
             overrides.append(argument)
     if own["plot"]:
+        if own["item"]:
+            raise ConfigError(f"plot={own['plot']}: shows the lengths of all items; leave out item=")
         _matplotlib()  # before the texts are counted
     config = compose(overrides)
     catalog = build_datamodule(config).catalog
@@ -109,11 +111,12 @@ class Lengths:
             return f"no item has text ({self.num_empty} items)"
         edges, counts = self.histogram()
         width = len(str(edges[-1]))
-        lines = [
-            f"  {start:>{width}}-{end - 1:<{width}} {count:>7} {'█' * math.ceil(BAR * count / max(counts))}".rstrip()
-            + (f"  < llm.max_tokens={self.max_tokens}" if start <= self.max_tokens < end else "")
-            for start, end, count in zip(edges, edges[1:], counts, strict=False)
-        ]
+        lines = []
+        for start, end, count in zip(edges, edges[1:], counts, strict=False):
+            span = f"{start:>{width}}" + (f"-{end - 1}" if end > start + 1 else "")
+            here = f"  < llm.max_tokens={self.max_tokens}" if start <= self.max_tokens < end else ""
+            bar = "█" * math.ceil(BAR * count / max(counts))
+            lines.append(f"  {span:<{2 * width + 1}} {count:>7} {bar}{here}".rstrip())
         return "\n".join(["  tokens    items", *lines, *(f"  {line}" for line in self.summary())])
 
     def histogram(self) -> tuple[list[int], list[int]]:
@@ -162,12 +165,13 @@ def _text_report(config: Config, tokenizer: Any, parts: TextParts, row: int) -> 
         lines.append("  read whole")
     else:
         if selection is not Selection.head:
-            # the whole catalogue counts in the weights; only this item's text can be cut by them
-            text = select_texts(parts, None, selection, tokenizer, limit, only=[row])[row]
-            lines += [
-                f"  selected by {selection.name}, {token_lengths(tokenizer, [text])[0]} tokens:",
-                f"  >>>{text}<<<",
-            ]
+            # the whole catalogue counts in the weights; only this item's text is selected from
+            whole, text = text, select_texts(parts, None, selection, tokenizer, limit, only=[row])[row]
+            if text == whole:
+                lines.append(f"  not one piece fits for {selection.name}: its beginning is read")
+            else:
+                length = token_lengths(tokenizer, [text])[0]
+                lines += [f"  selected by {selection.name}, {length} tokens:", f"  >>>{text}<<<"]
         lines += _cut_report(tokenizer, text, limit)
     ids = token_ids(tokenizer, [text], truncation=True, max_length=limit)["input_ids"][0]
     if len(ids) <= FEW_TOKENS:
