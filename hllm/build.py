@@ -108,6 +108,7 @@ def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callback
             max_epochs=c.max_epochs,
             accelerator=auto if c.accelerator == "auto" else c.accelerator,
             devices=c.devices,
+            num_nodes=c.num_nodes,
             precision=c.precision,  # type: ignore[arg-type]  # checked against the schema's list
             gradient_clip_val=c.gradient_clip_val,
             accumulate_grad_batches=c.accumulate_grad_batches,

@@ -384,6 +384,37 @@ class CustomConfig(DatasetConfig):
 
 
 @dataclass
+class ShardedConfig(DatasetConfig):
+    """A folder of Parquet shards, as python -m hllm.shard writes them."""
+
+    shards_in_memory: int = 1
+    "Shards that a process holds at a time; training rows are shuffled within as many."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("dataset.shards_in_memory", self.shards_in_memory, 1)
+        _require(
+            self.protocol in (Protocol.leave_one_out, Protocol.leave_one_out_official),
+            "dataset.protocol",
+            self.protocol.name,
+            "cuts by all users at once, and no process of dataset=sharded knows them all; choose of leave_one_out, "
+            "leave_one_out_official",
+        )
+        _require(
+            self.filter == FilterConfig() and not self.legacy_sort,
+            "dataset.filter",
+            "...",
+            "dataset=sharded reads events as they were written: give filter and legacy_sort to python -m hllm.shard",
+        )
+        _require(
+            self.num_workers == 0,
+            "dataset.num_workers",
+            self.num_workers,
+            "dataset=sharded reads in the training process: every worker would read every shard; set 0",
+        )
+
+
+@dataclass
 class LLMConfig:
     name: str = MISSING
     "Short name for run names, tags and tables."
@@ -581,6 +612,9 @@ class TrainerConfig:
     max_epochs: int = 50
     accelerator: str = "auto"
     devices: int = 1
+    "Processes on each machine."
+    num_nodes: int = 1
+    "Machines; see docs/scale.md."
     precision: str = "32-true"
     gradient_clip_val: float | None = 1.0
     accumulate_grad_batches: int = 1
@@ -597,6 +631,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _at_least("trainer.max_epochs", self.max_epochs, 1)
         _at_least("trainer.devices", self.devices, 1)
+        _at_least("trainer.num_nodes", self.num_nodes, 1)
         _at_least("trainer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
         _at_least("trainer.overfit_batches", self.overfit_batches, 0)
         _at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
@@ -712,7 +747,13 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "dataset": {"base": DatasetConfig, "amazon": AmazonConfig, "pixelrec": PixelRecConfig, "custom": CustomConfig},
+    "dataset": {
+        "base": DatasetConfig,
+        "amazon": AmazonConfig,
+        "pixelrec": PixelRecConfig,
+        "custom": CustomConfig,
+        "sharded": ShardedConfig,
+    },
     "llm": {"base": LLMConfig},
     "items": {"id": IdItemsConfig, "cached": CachedItemsConfig},
     "user": {"transformer": TransformerConfig},

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     path = Path(options.ckpt)
     config = checkpoint_config(path, options.root, options.cache_dir)
-    config = replace(config, trainer=replace(config.trainer, accelerator=options.accelerator, devices=1))
+    config = replace(config, trainer=replace(config.trainer, accelerator=options.accelerator, devices=1, num_nodes=1))
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
     trainer = build_trainer(config, path.parent, loggers=[], callbacks=[])

@@ -65,7 +65,7 @@ def train(config: Config, run_dir: Path) -> Evaluation:
 @report_errors
 def _run(cfg: DictConfig) -> float:
     config = check(cfg)
-    if config.trainer.devices > 1 and HydraConfig.get().mode is RunMode.MULTIRUN:
+    if config.trainer.devices * config.trainer.num_nodes > 1 and HydraConfig.get().mode is RunMode.MULTIRUN:
         raise ConfigError(
             f"trainer.devices={config.trainer.devices}: a sweep runs each job on one device, because the other "
             "processes of a job would start the whole sweep again"

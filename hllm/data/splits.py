@@ -70,7 +70,7 @@ def split(interactions: Interactions, dataset: DatasetConfig) -> Splits:
     if dataset.protocol is Protocol.temporal:
         return _temporal(interactions, dataset.split, dataset.max_history)
     return Splits(
-        train_ends=_leave_one_out_ends(interactions),
+        train_ends=leave_one_out_ends(interactions),
         validation=leave_one_out_rows(interactions, 2, dataset.max_history),
         test=leave_one_out_rows(interactions, 1, dataset.max_history),
         needs="3 events",
@@ -88,7 +88,8 @@ def leave_one_out_rows(interactions: Interactions, held_out: int, max_history: i
     return _rows(interactions, users, interactions.offsets[users + 1] - held_out, max_history)
 
 
-def _leave_one_out_ends(interactions: Interactions) -> Array64:
+def leave_one_out_ends(interactions: Interactions) -> Array64:
+    """(U,) one past each user's last training event under leave-one-out."""
     ends = interactions.offsets[1:].copy()
     ends[evaluated_users(interactions)] -= 2
     return ends
@@ -139,12 +140,12 @@ def _temporal(interactions: Interactions, config: SplitConfig, max_history: int)
         elif config.target is TemporalTarget.first:
             targets = begins[users]
         else:
-            users, targets = _ranges(users, begins[users], ends[users])
+            users, targets = ranges(users, begins[users], ends[users])
         rows.append(_rows(interactions, users, targets, max_history))
     return Splits(bounds[0], rows[0], rows[1], needs="an event after the cut, with one before it,")
 
 
-def _ranges(values: Array64, begins: Array64, ends: Array64) -> tuple[Array64, Array64]:
+def ranges(values: Array64, begins: Array64, ends: Array64) -> tuple[Array64, Array64]:
     """Every whole number of ``begins[n]:ends[n]``, and ``values[n]`` beside it."""
     lengths = ends - begins
     repeated = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
@@ -188,5 +189,5 @@ def train_counts(interactions: Interactions, train_ends: Array64, num_items: int
     counts = np.zeros(num_items + 1, dtype=np.int64)
     for begin in range(0, len(interactions), 1 << 24):  # bincount makes a wider copy of what it counts
         counts += np.bincount(interactions.items[begin : begin + (1 << 24)], minlength=num_items + 1)
-    _, held_out = _ranges(train_ends, train_ends, interactions.offsets[1:])
+    _, held_out = ranges(train_ends, train_ends, interactions.offsets[1:])
     return counts - np.bincount(interactions.items[held_out], minlength=num_items + 1)
