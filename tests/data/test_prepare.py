@@ -1,164 +1,335 @@
-"""Sorting, encoding and splitting, on histories small enough to write down."""
+"""Numbering, sorting and filtering equal plain Python on any events, however they are cut into chunks and blocks."""
 
 import logging
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hllm.config import TrainRows
-from hllm.data.prepare import (
-    Rows,
-    build_interactions,
-    drop_duplicates,
-    evaluated_users,
-    leave_one_out_rows,
-    train_counts,
-    train_rows,
-)
-from hllm.data.schema import Interactions
+from hllm.config import CatalogItems, FilterConfig, UnknownItems
+from hllm.data import prepare as module
+from hllm.data.prepare import RawEvents, first_places, prepare
+from hllm.data.schema import Catalog, Interactions
 from hllm.errors import DataError
 
-ITEMS = pl.Series("item", ["a", "b", "c", "d", "e"])
+
+class Event(NamedTuple):
+    user: str
+    item: str
+    timestamp: int
+    rating: float = 5.0
 
 
-def events(*rows: tuple[int, str, int]) -> pl.DataFrame:
-    return pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
+CATALOG = ["e", "c", "a", "d", "b", "nobody"]
+# few users, items and times: much is tied, repeated and filtered out
+EVENTS = st.lists(
+    st.builds(
+        Event,
+        user=st.sampled_from(["9", "10", " 10", "07", "7", "é"]) | st.sampled_from(["2", "1", "-3"]),
+        item=st.sampled_from(["a", "b", "c", "d", "a ", "unknown", "other"]),
+        timestamp=st.integers(0, 4) | st.sampled_from([0, 2**31, 253_402_300_799]),
+        rating=st.sampled_from([1.0, 3.0, 5.0]),
+    ),
+    min_size=1,
+    max_size=40,
+)
+RULES = st.builds(
+    FilterConfig,
+    min_rating=st.sampled_from([None, 3.0]),
+    drop_duplicates=st.booleans(),
+    unknown_items=st.sampled_from(UnknownItems),
+    min_user_events=st.integers(0, 4),
+    min_item_events=st.integers(0, 4),
+    iterated=st.booleans(),
+    catalog=st.sampled_from(CatalogItems),
+)
+quickly = settings(max_examples=100, deadline=None)
 
 
-def histories(*lengths: int) -> Interactions:
-    """Users with these numbers of events; all events are different items, numbered through."""
-    total = sum(lengths)
-    return Interactions(
-        items=np.arange(1, total + 1, dtype=np.int32),
-        timestamps=np.arange(total, dtype=np.int64),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        users=np.array([str(user) for user in range(len(lengths))]),
-    )
+@pytest.fixture(autouse=True, scope="module")
+def tiny_blocks() -> Iterator[None]:
+    """Rows are passed over three at a time and sorted five at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_ROWS", 3)
+        patch.setattr(module, "BLOCK_ROWS", 5)
+        yield
 
 
-def target_items(data: Interactions, rows: Rows) -> Counter[int]:
-    """How often each event is a target, by a plain loop."""
-    found: Counter[int] = Counter()
-    for start, end in zip(rows.starts, rows.ends, strict=True):
-        first = end - 1 if rows.last_only else start
-        found.update(int(data.items[event + 1]) for event in range(first, end))
-    return found
+def table(events: list[Event]) -> pl.DataFrame:
+    kinds = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64, "rating": pl.Float64}
+    return pl.DataFrame(events, schema=kinds, orient="row")
 
 
-def test_shuffled_rows_become_csr_arrays_sorted_by_user_and_time() -> None:
-    data = build_interactions(
-        events((7, "c", 30), (2, "a", 50), (7, "a", 10), (2, "e", 40), (7, "b", 20)), ITEMS, "file"
-    )
-    assert data.users.tolist() == ["2", "7"]
-    assert data.offsets.tolist() == [0, 2, 5]
-    assert data.items.tolist() == [5, 1, 1, 2, 3]
-    assert data.timestamps.tolist() == [40, 50, 10, 20, 30]
+def run(
+    chunks: list[pl.DataFrame],
+    rules: FilterConfig | None = None,
+    by_appearance: bool = False,
+    legacy_sort: bool = False,
+) -> tuple[Interactions, Catalog]:
+    rules = rules or FilterConfig(unknown_items=UnknownItems.keep)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw = RawEvents(folder, Path("events.csv"), first_row=2)
+        raw.fill(chunks, rules.min_rating)
+        catalog = Catalog(CATALOG, {"title": [item.upper() for item in CATALOG]})
+        items_file = Path("items.csv")
+        offsets, users, catalog = prepare(raw, catalog, rules, folder, items_file, by_appearance, legacy_sort)
+        items, times = np.fromfile(folder / "items", np.int32), np.fromfile(folder / "timestamps", np.int64)
+    return Interactions(items, times, offsets, users), catalog
+
+
+def histories(data: Interactions, catalog: Catalog) -> dict[str, list[tuple[str, int]]]:
+    """Original user id -> original item ids and times."""
+    return {
+        user: [
+            (catalog.ids[int(item) - 1], int(time))
+            for item, time in zip(data.items[b:e], data.timestamps[b:e], strict=True)
+        ]
+        for user, b, e in zip(data.users, data.offsets[:-1], data.offsets[1:], strict=True)
+    }
+
+
+def plain(events: list[Event], rules: FilterConfig) -> list[Event] | None:
+    """What is left, by (user, time, file order); None: unknown items are refused."""
+    left = [e._replace(user=e.user.strip(), item=e.item.strip()) for e in events]
+    left = [e for e in left if rules.min_rating is None or e.rating >= rules.min_rating]
+    if rules.unknown_items is UnknownItems.error and any(e.item not in CATALOG for e in left):
+        return None
+    left = [e for e in left if rules.unknown_items is UnknownItems.keep or e.item in CATALOG]
+    if rules.drop_duplicates:
+        left = list({e[:3]: e for e in reversed(left)}.values())[::-1]  # the first of equal rows, where it stood
+    while True:
+        users, items = Counter(e.user for e in left), Counter(e.item for e in left)
+        kept = [e for e in left if users[e.user] >= rules.min_user_events and items[e.item] >= rules.min_item_events]
+        if not rules.iterated:
+            users = Counter(e.user for e in kept)
+            kept = [e for e in kept if users[e.user] >= rules.min_user_events]
+        if len(kept) == len(left) or not rules.iterated:
+            return sorted(kept, key=lambda e: (e.user, e.timestamp))  # stable
+        left = kept
+
+
+def in_order(users: set[str]) -> list[str]:
+    return sorted(users, key=lambda u: (int(u), u)) if all(u.lstrip("-").isdigit() for u in users) else sorted(users)
+
+
+@given(EVENTS, RULES)
+@quickly
+def test_prepared_data_equal_plain_python(events: list[Event], rules: FilterConfig) -> None:
+    expected = plain(events, rules)
+    if not expected:
+        with pytest.raises(DataError, match=r"events\.csv: "):
+            run([table(events)], rules)
+        return
+    data, catalog = run([table(events)], rules)
+    assert histories(data, catalog) == {
+        user: [(e.item, e.timestamp) for e in own] for user, own in groupby(expected, lambda e: e.user)
+    }
+    assert data.users.to_list() == [
+        u for u in in_order({e.user.strip() for e in events}) if u in histories(data, catalog)
+    ]
+
+
+@given(EVENTS, RULES)
+@quickly
+def test_numbers_are_a_bijection_with_what_is_left(events: list[Event], rules: FilterConfig) -> None:
+    expected = plain(events, rules)
+    if not expected:
+        return
+    data, catalog = run([table(events)], rules)
+    assert data.users.is_unique().all()
+    assert catalog.ids.is_unique().all()
+    interacted = {e.item for e in expected}
+    appeared = list(dict.fromkeys(e.item.strip() for e in events if e.rating >= (rules.min_rating or 0)))
+    known = CATALOG + [item for item in appeared if item not in CATALOG and rules.unknown_items is UnknownItems.keep]
+    every = rules.catalog is CatalogItems.all
+    assert catalog.ids.to_list() == [item for item in known if every or item in interacted]
+    assert catalog.fields["title"].to_list() == [item.upper() if item in CATALOG else "" for item in catalog.ids]
+    assert set(data.items.tolist()) == {catalog.ids.to_list().index(item) + 1 for item in interacted}
+
+
+@given(EVENTS, RULES, st.lists(st.integers(0, 40)), st.booleans(), st.booleans())
+@quickly
+def test_chunks_do_not_matter(
+    events: list[Event], rules: FilterConfig, cuts: list[int], by_appearance: bool, legacy_sort: bool
+) -> None:
+    if not plain(events, rules):
+        return
+    bounds = [0, *sorted(cuts), len(events)]
+    chunks = [table(events[begin:end]) for begin, end in pairwise(bounds)]
+    (data, catalog), (again, same) = (run(c, rules, by_appearance, legacy_sort) for c in ([table(events)], chunks))
+    assert data.fingerprint == again.fingerprint
+    assert data.users.equals(again.users)
+    assert catalog.ids.equals(same.ids)
+
+
+@given(EVENTS, RULES)
+@quickly
+def test_by_appearance_numbers_run_in_the_order_of_the_file(events: list[Event], rules: FilterConfig) -> None:
+    if not plain(events, rules):
+        return
+    data, catalog = run([table(events)], rules, by_appearance=True)
+    read = [e for e in events if rules.min_rating is None or e.rating >= rules.min_rating]
+    users, items = (list(dict.fromkeys(getattr(e, name).strip() for e in read)) for name in ("user", "item"))
+    assert data.users.to_list() == [user for user in users if user in set(data.users)]
+    rest = [item for item in CATALOG if item not in items]
+    assert catalog.ids.to_list() == [item for item in items + rest if item in set(catalog.ids)]
+    ordered, named = run([table(events)], rules)
+    assert histories(data, catalog) == histories(ordered, named)
+
+
+@given(EVENTS, st.booleans())
+@quickly
+def test_the_legacy_sort_is_by_time_alone_and_then_by_user(events: list[Event], by_appearance: bool) -> None:
+    rules = FilterConfig(unknown_items=UnknownItems.keep, drop_duplicates=False)
+    data, catalog = run([table(events)], rules, by_appearance, legacy_sort=True)
+    order = np.argsort(np.array([e.timestamp for e in events]), kind="quicksort")
+    expected: dict[str, list[tuple[str, int]]] = {}
+    for event in (events[place] for place in order):
+        expected.setdefault(event.user.strip(), []).append((event.item.strip(), event.timestamp))
+    assert histories(data, catalog) == expected
+
+
+def test_the_legacy_sort_differs_from_the_stable_one_where_times_are_tied() -> None:
+    rng = np.random.default_rng(0)
+    users, items, times = rng.integers(0, 5, 200), rng.integers(0, 99, 200), rng.integers(0, 9, 200)
+    events = [table([Event(str(u), f"item {i}", int(t)) for u, i, t in zip(users, items, times, strict=True)])]
+    stable, legacy = run(events), run(events, legacy_sort=True)
+    assert (stable[0].timestamps == legacy[0].timestamps).all()
+    assert (stable[0].items != legacy[0].items).any()
+
+
+def test_histories_are_sorted_by_user_and_time_and_ties_keep_the_order_of_the_file() -> None:
+    rows = [("7", "c", 30), ("2", "a", 50), ("7", "a", 10), ("2", "e", 50), ("7", "b", 10), ("10", "d", 0)]
+    data, catalog = run([table([Event(*row) for row in rows])])
+    assert data.users.to_list() == ["2", "7", "10"]
+    assert data.offsets.tolist() == [0, 2, 5, 6]
+    assert [catalog.ids[int(item) - 1] for item in data.items] == ["a", "e", "a", "b", "c", "d"]
+    assert data.timestamps.tolist() == [50, 50, 10, 10, 30, 0]
     assert (data.items.dtype, data.timestamps.dtype, data.offsets.dtype) == (np.int32, np.int64, np.int64)
 
 
-def test_users_are_sorted_as_numbers() -> None:
-    data = build_interactions(events((10, "a", 1), (9, "b", 1), (100, "c", 1)), ITEMS, "file")
-    assert data.users.tolist() == ["9", "10", "100"]
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["10", "9", "u1"], ["10", "9", "u1"]),
+        (["7", "007", "07"], ["007", "07", "7"]),
+        (["é", "z", "Z"], ["Z", "z", "é"]),
+        ([str(2**63), "5"], ["5", str(2**63)]),
+    ],
+    ids=["numbers", "text", "equal as numbers", "code points", "above 64 bits"],
+)
+def test_users_are_numbered_in_the_order_of_their_ids(users: list[str], expected: list[str]) -> None:
+    data, _ = run([table([Event(user, "a", 0) for user in users])])
+    assert data.users.to_list() == expected
 
 
-def test_equal_timestamps_keep_the_order_of_the_file() -> None:
-    rng = np.random.default_rng(0)
-    catalogue = pl.Series([str(item) for item in range(400)])
-    items, users = rng.permutation(400), rng.integers(0, 5, 400)
-    rows = events(*((int(u), str(i), 0) for u, i in zip(users, items, strict=True)))
-    data = build_interactions(rows, catalogue, "file")
-    assert data.items.tolist() == [i + 1 for u in range(5) for i in items[users == u]]
+def test_ids_that_differ_only_in_white_space_around_them_are_one() -> None:
+    data, catalog = run([table([Event("u", "a", 1), Event(" u", "b\t", 2), Event("u\u00a0", " a", 3)])])
+    assert histories(data, catalog) == {"u": [("a", 1), ("b", 2), ("a", 3)]}
 
 
-def test_an_item_outside_the_catalogue_is_refused_by_row_and_name() -> None:
-    with pytest.raises(DataError, match=r"u\.data: row 2 names item 'z', which is not in the catalogue \(2 such rows"):
-        build_interactions(events((1, "a", 1), (1, "z", 2), (2, "y", 3)), ITEMS, "u.data")
+# Three users, three items. u3 has one event; i3 has two, of which one is u3's.
+CORE = [("u1", "a"), ("u1", "b"), ("u1", "c"), ("u2", "a"), ("u2", "b"), ("u3", "c")]
 
 
-def test_no_rows_are_refused() -> None:
-    with pytest.raises(DataError, match=r"u\.data: holds no interactions"):
-        build_interactions(events((1, "a", 1)).clear(), ITEMS, "u.data")
+@pytest.mark.parametrize(
+    ("iterated", "expected"),
+    # counted once, c stays with one event: its other went with u3
+    [(False, {"u1": "abc", "u2": "ab"}), (True, {"u1": "ab", "u2": "ab"})],
+)
+def test_a_single_pass_leaves_what_the_core_does_not(iterated: bool, expected: dict[str, str]) -> None:
+    events = [table([Event(user, item, place) for place, (user, item) in enumerate(CORE)])]
+    rules = FilterConfig(min_user_events=2, min_item_events=2, iterated=iterated)
+    assert {u: "".join(i for i, _ in own) for u, own in histories(*run(events, rules)).items()} == expected
 
 
-def test_repeated_rows_are_dropped_and_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    rows = events((1, "a", 1), (1, "b", 1), (1, "a", 1), (1, "a", 2), (1, "a", 1))
-    with caplog.at_level(logging.WARNING):
-        kept = drop_duplicates(rows, "u.data")
-    assert kept.rows() == [(1, "a", 1), (1, "b", 1), (1, "a", 2)]
-    assert "u.data: skipped 2 rows" in caplog.text
+def test_a_user_with_more_events_than_a_block_and_users_without_any_are_sorted() -> None:
+    events = [Event("1", "abcd"[n % 4], -n % 7) for n in range(31)] + [Event("2", "unknown", 0), Event("3", "b", 1)]
+    rules = FilterConfig(unknown_items=UnknownItems.drop, drop_duplicates=False)
+    data, _ = run([table([*events, Event("4", "unknown", 1)])], rules)
+    assert data.users.to_list() == ["1", "3"]
+    assert data.offsets.tolist() == [0, 31, 32]
 
 
-def test_without_repeated_rows_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    drop_duplicates(events((1, "a", 1), (1, "a", 2)), "u.data")
-    assert caplog.text == ""
-
-
-def test_the_last_event_is_the_test_target_and_the_last_but_one_validation() -> None:
-    data = histories(5, 2, 3)
-    test, val = (leave_one_out_rows(data, held_out, max_history=100) for held_out in (1, 2))
-    assert [(r.users.tolist(), r.starts.tolist(), r.ends.tolist()) for r in (test, val)] == [
-        ([0, 2], [0, 7], [4, 9]),
-        ([0, 2], [0, 7], [3, 8]),
-    ]
-    assert target_items(data, test) == Counter([5, 10])
-    assert target_items(data, val) == Counter([4, 9])
-
-
-def test_evaluation_rows_read_the_newest_events_only() -> None:
-    rows = leave_one_out_rows(histories(9), 1, max_history=3)
-    assert (rows.starts.tolist(), rows.ends.tolist()) == ([5], [8])
-
-
-def test_users_with_fewer_than_three_events_are_not_evaluated() -> None:
-    assert evaluated_users(histories(1, 2, 3, 4)).tolist() == [2, 3]
-
-
-@pytest.mark.parametrize("kind", TrainRows)
-@pytest.mark.parametrize("max_history", [1, 2, 3, 7, 100])
-def test_every_training_transition_is_a_target_once_and_no_held_out_item_is(kind: TrainRows, max_history: int) -> None:
-    lengths = [1, 2, 3, 4, 5, 8, 9, 17]
-    data = histories(*lengths)
-    rows = train_rows(data, max_history, kind)
-    expected, first = Counter[int](), 1
-    for length in lengths:
-        trained = length if length < 3 else length - 2
-        expected.update(range(first + 1, first + trained))  # all but a user's first event
-        first += length
-    assert target_items(data, rows) == expected
-    assert int((rows.ends - rows.starts).max()) <= max_history
-
-
-def test_windows_are_cut_from_the_newest_end() -> None:
-    rows = train_rows(histories(10), 3, TrainRows.windows)  # 8 training events, 7 transitions
-    assert list(zip(rows.starts.tolist(), rows.ends.tolist(), strict=True)) == [(4, 7), (1, 4), (0, 1)]
-
-
-def test_a_prefix_row_reads_the_newest_history_before_its_target() -> None:
-    rows = train_rows(histories(7), 2, TrainRows.prefixes)  # 5 training events, 4 transitions
-    assert list(zip(rows.starts.tolist(), rows.ends.tolist(), strict=True)) == [(2, 4), (1, 3), (0, 2), (0, 1)]
-
-
-def test_rows_stay_within_their_user() -> None:
-    data = histories(4, 6, 3)
-    for rows in (train_rows(data, 100, TrainRows.windows), train_rows(data, 100, TrainRows.prefixes)):
-        assert (rows.starts >= data.offsets[rows.users]).all()
-        assert (rows.ends < data.offsets[rows.users + 1]).all()
-
-
-def test_train_counts_leave_out_held_out_events() -> None:
-    data = Interactions(
-        items=np.array([1, 2, 2, 3, 1, 3, 3, 3], dtype=np.int32),  # users: [1, 2 | 2, 3], [1, 3] and [3 | 3, ...]
-        timestamps=np.zeros(8, dtype=np.int64),
-        offsets=np.array([0, 4, 6, 8]),
-        users=np.array(["a", "b", "c"]),
+def test_unknown_items_are_refused_by_row_and_name_unless_told_otherwise() -> None:
+    chunks = [table([Event("u", "a", 1)]), table([Event("u", "b", 2), Event("u", "x", 3), Event("u", "y", 3)])]
+    message = (
+        r"events.csv: row 4 names item 'x', .* not in the catalogue items.csv \(2 such items\).*unknown_items=drop"
     )
-    assert train_counts(data, num_items=4).tolist() == [0, 2, 1, 3, 0]
+    with pytest.raises(DataError, match=message):
+        run(chunks, FilterConfig())
+
+
+@pytest.mark.parametrize(("unknown", "word"), [(UnknownItems.drop, "left out"), (UnknownItems.keep, "without text")])
+def test_unknown_items_are_counted_in_the_log(
+    unknown: UnknownItems, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run([table([Event("u", "a", 1), Event("u", "x", 3)])], FilterConfig(unknown_items=unknown))
+    assert "events.csv: 1 items are not in items.csv, 'x' for one" in caplog.text
+    assert word in caplog.text
+
+
+def test_repeated_rows_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    events = [Event("u", "a", 1), Event("u", "a", 2), Event("u", "a", 1), Event("v", "a", 1)]
+    with caplog.at_level(logging.WARNING):
+        data, _ = run([table(events)], FilterConfig())
+    assert len(data) == 3
+    assert "events.csv: skipped 1 rows that repeat an earlier user, item and timestamp" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("chunks", "rules", "message"),
+    [
+        ([], FilterConfig(), "holds no interactions"),
+        ([table([])], FilterConfig(), "holds no interactions"),
+        ([table([Event("u", "a", 1, 2.0)])], FilterConfig(min_rating=3), "no row is rated at least .*min_rating=3"),
+        ([table([Event("u", "x", 1)])], FilterConfig(unknown_items=UnknownItems.drop), "no event names an item"),
+        ([table([Event("u", "a", 1)])], FilterConfig(min_user_events=2), "nothing is left of 1 events .*user_events=2"),
+        ([table([Event("u", "a", 1)]).drop("rating")], FilterConfig(min_rating=3), "has no ratings .*min_rating=3"),
+    ],
+    ids=["no chunk", "empty chunk", "min_rating", "unknown items", "core", "no ratings"],
+)
+def test_nothing_left_is_refused(chunks: list[pl.DataFrame], rules: FilterConfig, message: str) -> None:
+    with pytest.raises(DataError, match=f"events.csv: {message}"):
+        run(chunks, rules)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9)))
+@quickly
+def test_codes_run_by_first_appearance_and_name_their_row(chunks: list[list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        raw = RawEvents(Path(folder), Path("events.csv"), first_row=2)
+        items = [item for chunk in chunks for item in chunk]
+        if not items:
+            return
+        raw.fill([table([Event("u", item, 0) for item in chunk]) for chunk in chunks], None)
+        codes = np.concatenate([codes for _, codes, _ in raw.chunks()])
+        assert raw.item_ids.ids().to_list() == list(dict.fromkeys(items))
+        assert [raw.item_ids.ids()[int(code)] for code in codes] == items
+        assert [raw.row_of_item(code) for code in range(len(set(items)))] == [
+            2 + items.index(item) for item in dict.fromkeys(items)
+        ]
+
+
+def test_the_first_places_of_codes_never_seen_before() -> None:
+    assert first_places(np.array([1, 4, 0, 4, 5, 4], np.int32), known=4).tolist() == [1, 4]
 
 
 def test_the_fingerprint_follows_events_and_their_order() -> None:
-    a = histories(3, 3)
-    b = Interactions(a.items[::-1].copy(), a.timestamps, a.offsets, a.users)
-    assert a.fingerprint() == histories(3, 3).fingerprint()
-    assert len({a.fingerprint(), b.fingerprint(), histories(2, 4).fingerprint()}) == 3
+    events = [Event("u", "a", 1), Event("u", "b", 1), Event("v", "a", 1)]
+    swapped = [events[1], events[0], events[2]]
+    moved = [events[0], *(event._replace(user="v") for event in events[1:])]
+    prints = [run([table(rows)])[0].fingerprint for rows in (events, list(events), swapped, moved)]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
