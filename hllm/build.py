@@ -12,10 +12,12 @@ from lightning.pytorch.loggers import Logger
 
 from hllm.config import CachedItemsConfig, Config, Dtype, IdItemsConfig, to_plain
 from hllm.data.base import DataModule
+from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
 from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16
 from hllm.items.cache import ItemEmbeddingCache
+from hllm.items.text import default_template
 from hllm.items.tower import CachedItems, IdItems, ItemTower
 from hllm.module import Recommender
 
@@ -34,6 +36,17 @@ def pin_dtype(config: Config) -> Config:
     device = choose_device(config.llm.device)
     dtype = Dtype(str(choose_dtype(config.llm.dtype, device, has_fast_bfloat16(device))).removeprefix("torch."))
     return replace(config, llm=replace(config.llm, dtype=dtype))
+
+
+def pin_template(config: Config, catalog: Catalog) -> Config:
+    """The config with an unset text template replaced by what that is for this catalogue.
+
+    New items are read by it too, and their file may have other columns.
+    """
+    text = config.dataset.text
+    if text.template is not None or not isinstance(config.items, CachedItemsConfig):
+        return config
+    return replace(config, dataset=replace(config.dataset, text=replace(text, template=default_template(catalog))))
 
 
 def build_datamodule(config: Config) -> DataModule:

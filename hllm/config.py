@@ -65,6 +65,16 @@ class TemporalTarget(Enum):
     successive = "successive"
 
 
+class TimestampUnit(Enum):
+    """What a time in a file of one's own is: a number of seconds or parts of them since 1970, or a written date."""
+
+    s = "s"
+    ms = "ms"
+    us = "us"
+    ns = "ns"
+    iso = "iso"
+
+
 class CatalogItems(Enum):
     """Which items are ranked."""
 
@@ -181,8 +191,8 @@ class TextConfig:
     """How a catalogue row becomes the text that the Item LLM reads."""
 
     prompt: str = "Compress the following sentence into embedding: "
-    template: str = MISSING
-    "Literal text and {field} names of the catalogue; a missing field is skipped with the literal before it."
+    template: str | None = None
+    "Literal text and {field} names of the catalogue; a missing field goes with the text before it. Unset: all fields."
     clean: bool = True
     "Decode HTML entities, take tags and control characters out, join white space; false reads fields as they stand."
     fusion: Fusion = Fusion.none
@@ -346,6 +356,9 @@ class AmazonConfig(DatasetConfig):
             self.category,
             "must be as in the file names, e.g. Toys_and_Games",
         )
+        # YAML can only put the two together as they are
+        if self.name == f"amazon_{self.category}":
+            self.name = self.name.lower()
 
 
 @dataclass
@@ -364,23 +377,36 @@ class PixelRecConfig(DatasetConfig):
 class CustomConfig(DatasetConfig):
     """Files of your own."""
 
-    interactions: str | None = None
+    interactions: str = MISSING
     "CSV (.csv, .tsv, .txt, also .gz) or Parquet; a path, taken from root where that is set."
     items: str | None = None
     "CSV, Parquet or JSON lines (.jsonl, .json, also .gz); unset: items are known by their ids alone."
-    user_column: str = "user_id"
-    item_column: str = "item_id"
+    user_column: str | None = None
+    "This and the next three: unset, the one column that bears a usual name (docs/your-own-data.md)."
+    item_column: str | None = None
     "In both files, unless items_id_column names another for the items."
-    timestamp_column: str = "timestamp"
+    timestamp_column: str | None = None
     rating_column: str | None = None
     "Only read for filter.min_rating."
     items_id_column: str | None = None
+    "Unset: as in the interactions, else a usual name or id."
     text_fields: list[str] = field(default_factory=list)
     "Columns of the items file that become text fields; unset takes all of them."
+    timestamp_unit: TimestampUnit = TimestampUnit.s
+    "Numbers since 1970, or iso: written dates and times, in UTC unless they say; Parquet's own times need none."
     separator: str | None = None
     "Of the delimited files; unset goes by the name: a tab for .tsv, else a comma."
     encoding: str = "utf-8"
     "Of the delimited files, e.g. windows-1252."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            re.fullmatch(r"\w[\w.-]*", self.name) is not None,
+            "dataset.name",
+            self.name,
+            "names a folder: letters, digits, dots, hyphens and underscores",
+        )
 
 
 @dataclass
@@ -819,7 +845,7 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The inverse of ``to_plain``: schemas are chosen by each group's name, else by its keys.
+    """The inverse of ``to_plain``: schemas are chosen by each group's keys, and by its name among equal ones.
 
     Raises:
         ConfigError: a key or value is not of this version's schema.
@@ -828,8 +854,12 @@ def from_plain(plain: dict[str, Any]) -> Config:
         cfg = OmegaConf.structured(Config)
         for group, schemas in SCHEMAS.items():
             stored = plain[group]
-            same_keys = [schema for schema in schemas.values() if {f.name for f in fields(schema)} == stored.keys()]
-            cfg[group] = OmegaConf.structured(schemas.get(stored["name"]) or same_keys[0])
+            same_keys = {
+                name: schema for name, schema in schemas.items() if {f.name for f in fields(schema)} == stored.keys()
+            }
+            # a name may be a person's own, so it must not choose another schema than the keys do
+            by_name = (same_keys or schemas).get(stored["name"])
+            cfg[group] = OmegaConf.structured(by_name or next(iter(same_keys.values())))
         return check(cast(DictConfig, OmegaConf.merge(cfg, plain)))
-    except (OmegaConfBaseException, LookupError, TypeError, AttributeError) as error:
+    except (OmegaConfBaseException, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise ConfigError(f"the stored config does not fit this version of hllm: {error}") from error

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer, pin_dtype
+from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer, pin_dtype, pin_template
 from hllm.cli import quiet_libraries, report_errors
 from hllm.config import CONF_DIR, Config, check
 from hllm.errors import ConfigError, HllmError
@@ -35,8 +35,9 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     config = pin_dtype(config)
     started = time.perf_counter()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    write_run_info(config, run_dir)
     datamodule = build_datamodule(config)
+    config = pin_template(config, datamodule.catalog)
+    write_run_info(config, run_dir)
     module = build_module(config, datamodule)
     resumed = None if config.ckpt is None else take_over(Path(config.ckpt), config, run_dir)
     checkpoint = build_checkpoint(config, run_dir)

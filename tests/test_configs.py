@@ -16,6 +16,12 @@ from hllm.config import CONF_DIR, SCHEMAS, check, compose, from_plain, to_plain
 CONF = Path(CONF_DIR)
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 GROUPS = sorted({option.split("=")[0] for option in OPTIONS})
+REQUIRED = {
+    "llm=custom": ["llm.model=folder"],
+    "dataset=custom": ["dataset.interactions=ratings.csv"],
+    "dataset=amazon": ["dataset.category=Beauty"],
+}
+"What a choice asks a person for."
 SWEEPS = sorted(path.stem for path in CONF.glob("sweep/*.yaml"))
 
 
@@ -26,7 +32,7 @@ def test_the_tree_is_groups_of_files() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_file_composes_and_survives_a_checkpoint(option: str) -> None:
-    config = compose([option, *(["llm.model=folder"] if option == "llm=custom" else [])])
+    config = compose([option, *REQUIRED.get(option, [])])
     group, name = option.split("=")
     if group in SCHEMAS:
         assert getattr(config, group).name == name
@@ -38,7 +44,8 @@ def test_every_file_composes_and_survives_a_checkpoint(option: str) -> None:
 )
 def test_every_target_is_a_class_of_ours(option: str) -> None:
     group = option.split("=")[0]
-    assert get_class(getattr(compose([option]), group)._target_).__module__.startswith("hllm.")
+    target = getattr(compose([option, *REQUIRED.get(option, [])]), group)._target_
+    assert get_class(target).__module__.startswith("hllm.")
 
 
 @pytest.mark.parametrize("name", SWEEPS)

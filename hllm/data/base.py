@@ -5,8 +5,9 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,9 @@ class SequenceDataModule(DataModule):
     def _rules(self) -> dict[str, Any]:
         """Everything but the raw files that the prepared form depends on."""
         own = {f.name for f in fields(self.config)} - {f.name for f in fields(DatasetConfig)}
-        chosen = {name: getattr(self.config, name) for name in sorted({*own, "_target_", "filter", "legacy_sort"})}
-        chosen["filter"] = {name: getattr(value, "name", value) for name, value in vars(self.config.filter).items()}
-        return {**chosen, "by_appearance": self._by_appearance}
+        chosen = _plain(self.config, sorted({*own, "_target_", "legacy_sort"}))
+        rules = self.config.filter
+        return {**chosen, "filter": _plain(rules, vars(rules)), "by_appearance": self._by_appearance}
 
     @property
     def _by_appearance(self) -> bool:
@@ -257,8 +258,10 @@ class SequenceDataModule(DataModule):
 
     def _rows_loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         if len(dataset) == 0:
+            needs = "2 training events" if shuffle else self.splits.needs
             raise DataError(
-                f"{self.config.name}: no user has the {self.splits.needs} that {self.config.protocol_name} needs"
+                f"{self.config.name}: no user has {needs}, which {self.config.protocol_name} needs; give more events, "
+                "or choose another dataset.protocol"
             )
         return self._loader(dataset, self._sampler(dataset, shuffle), batch_size)
 
@@ -269,6 +272,12 @@ class SequenceDataModule(DataModule):
             return DistributedSampler(dataset, shuffle=True, seed=torch.initial_seed() % 2**32)
         # Lightning's own choice repeats rows to even out the ranks, which would count users twice
         return UnrepeatedDistributedSampler(dataset, shuffle=False)
+
+
+def _plain(config: object, names: Iterable[str]) -> dict[str, Any]:
+    """Values of a config by name, choices by theirs."""
+    values = ((name, getattr(config, name)) for name in names)
+    return {name: value.name if isinstance(value, Enum) else value for name, value in values}
 
 
 def _whole_batch(batch: Any) -> Any:

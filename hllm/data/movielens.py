@@ -12,6 +12,7 @@ import polars as pl
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
 from hllm.data.schema import Catalog
 from hllm.data.tables import (
+    find_pair,
     read_csv_chunks,
     read_csv_table,
     read_delimited,
@@ -21,7 +22,6 @@ from hllm.data.tables import (
     to_integers,
     to_text,
 )
-from hllm.errors import DataError
 
 GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
@@ -40,12 +40,8 @@ class MovieLens100K(SequenceDataModule):
     counts = Counts(interactions=100_000, users=943, items=1_682)
 
     def find(self, folder: Path) -> RawFiles:
-        pairs = ("u.data", "u.item"), ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli")
-        for names in pairs:
-            if not _missing(folder, names):
-                return RawFiles(folder / names[0], folder / names[1])
-        neither, nor = (" and ".join(names) for names in pairs)
-        raise DataError(f"dataset.root={folder}: holds neither {neither} nor {nor}")
+        pairs = [("u.data", "u.item"), ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli")]
+        return RawFiles(*find_pair(folder, pairs))
 
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
         return _events([_read(files.interactions, "\t", RATINGS)], files, RATINGS)
@@ -106,20 +102,10 @@ class MovieLensLatestSmall(MovieLens20M):
     inside = "ml-latest-small"
 
 
-def _missing(folder: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if not (folder / name).is_file()]
-
-
 def _pair(folder: Path, ratings: str, movies: str, inside: str, first_row: int = 1) -> RawFiles:
-    """Both files, in the folder or in the one that the publisher's archive unpacks to.
-
-    Raises:
-        DataError: naming what is missing.
-    """
-    for place in (folder, folder / inside):
-        if not _missing(place, (ratings, movies)):
-            return RawFiles(place / ratings, place / movies, first_row)
-    raise DataError(f"dataset.root={folder}: has no {' and no '.join(_missing(folder, (ratings, movies)))}")
+    """Both files, in the folder or in the one that the publisher's archive unpacks to."""
+    pairs = [(ratings, movies), (f"{inside}/{ratings}", f"{inside}/{movies}")]
+    return RawFiles(*find_pair(folder, pairs), first_row)
 
 
 def _read(path: Path, separator: str, columns: Sequence[str], encoding: str = "utf-8") -> pl.DataFrame:

@@ -13,8 +13,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import polars as pl
 
@@ -266,12 +265,12 @@ def _empty(path: Path, row: int) -> DataError:
 
 
 def read_csv_header(path: Path, separator: str = ",", encoding: str = "utf-8") -> list[str]:
-    """The names in the first line of a delimited file; raises DataError where there are none."""
-    line = next(line_blocks(path, size=1), b"").removeprefix(b"\xef\xbb\xbf")
-    names = next(csv.reader([_decode(line, encoding, path, 1).rstrip("\r\n")], delimiter=separator), [])
-    if not any(names):
-        raise DataError(f"{path}: row 1 is empty; it must name the columns")
-    return names
+    """The names in the first line of a delimited file; raises DataError as ``read_csv_chunks``."""
+    check_form(separator, encoding)
+    line = next(line_blocks(path, size=1), b"").removeprefix(codecs.BOM_UTF8)
+    if not line.strip():
+        raise DataError(f"{path}: is empty, or its first line is; that one must name the columns")
+    return _header(_decode(line.removesuffix(b"\n"), encoding, path, 1).encode(), path, [], separator)
 
 
 def _decode(data: bytes, encoding: str, path: Path, row: int) -> str:
@@ -448,22 +447,22 @@ def read_json_lines(path: Path) -> pl.DataFrame:
     row = 0
     blank = 0
     for block in line_blocks(path):
-        block = block if row else block.removeprefix(b"\xef\xbb\xbf")
+        block = block if row else block.removeprefix(codecs.BOM_UTF8)
         for line in _decode(block, "utf-8", path, row + 1).removesuffix("\n").split("\n"):
             row += 1
             if not line.strip():
                 blank = blank or row
                 continue
             if blank:
-                raise DataError(f"{path}: row {blank} is empty; only the end of the file may be")
+                raise _empty(path, blank)
             try:
                 record = json.loads(line, parse_int=str, parse_float=str)
             except ValueError as error:
-                raise DataError(f"{path}: row {row} is not JSON ({error}): {line[:80]!r}") from error
+                raise _bad(path, row, f"is not JSON ({error}): {line[:80]!r}") from error
             if not isinstance(record, dict):
-                raise DataError(f"{path}: row {row} is not a JSON object; one a line is read: {line[:80]!r}")
-            for name in record.keys() - columns.keys():
-                columns[name] = [""] * (row - 1)
+                raise _bad(path, row, f"is not a JSON object, of which each line must hold one: {line[:80]!r}")
+            for name in record:
+                columns.setdefault(name, [""] * (row - 1))
             for name, values in columns.items():
                 values.append(plain_text(record.get(name)))
     if not columns:

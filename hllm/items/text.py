@@ -79,7 +79,8 @@ def item_texts(catalog: Catalog, text: TextConfig) -> list[str]:
 
 def text_parts(catalog: Catalog, text: TextConfig) -> TextParts:
     """Template and values, cleaned by ``hllm.items.clean`` unless ``text.clean`` is off; raises as ``item_texts``."""
-    segments = parse_template(text.template, list(catalog.fields))
+    template = default_template(catalog) if text.template is None else text.template
+    segments = parse_template(template, list(catalog.fields))
     columns = []
     for _, name in segments:
         if not name:
@@ -89,6 +90,20 @@ def text_parts(catalog: Catalog, text: TextConfig) -> TextParts:
         else:
             columns.append([value if value.strip() else "" for value in catalog.fields[name].to_list()])
     return TextParts(text.prompt, segments, columns)
+
+
+def default_template(catalog: Catalog) -> str:
+    """``name: {name}`` for every field, joined as the official code does.
+
+    Raises:
+        ConfigError: there is no field.
+    """
+    if not catalog.fields:
+        raise ConfigError(
+            "dataset.text: the items have no text for the Item LLM to read; give a file with some (dataset.items= of "
+            "dataset=custom), or items=id, which needs none"
+        )
+    return "".join(f"{name}: {{{name}}}" for name in catalog.fields)
 
 
 def log_empty(parts: TextParts) -> None:

@@ -199,7 +199,7 @@ def test_other_counts_than_published_name_the_flag(read: Callable[..., SequenceD
 
 
 def test_a_folder_with_neither_file_form_is_refused(read: Callable[..., SequenceDataModule], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset\.root=.*: holds neither u\.data and u\.item nor MovieLens100k_data"):
+    with pytest.raises(DataError, match=r"dataset\.root=.*: needs u\.data and u\.item or MovieLens100k_data"):
         read()
 
 
@@ -315,7 +315,9 @@ def test_a_malformed_csv_is_refused_by_row(
 
 def test_a_missing_file_is_named(read: Callable[..., SequenceDataModule], tmp_path: Path) -> None:
     (write_csv(tmp_path) / "movies.csv").unlink()
-    with pytest.raises(DataError, match=r"dataset\.root=.*: has no movies\.csv"):
+    with pytest.raises(
+        DataError, match=r"dataset\.root=.*: needs ratings\.csv and movies\.csv or ml.*only ratings\.csv"
+    ):
         read(kind=MovieLens20M)
 
 
@@ -384,7 +386,7 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize(("user", "length", "first", "last"), SEQUENCES, ids=lambda value: "" if isinstance(value, list) else str(value))
+@pytest.mark.parametrize(("user", "length", "first", "last"), SEQUENCES, ids=[f"user{row[0]}" for row in SEQUENCES])
 def test_sequences_of_1m_are_those_checked_by_hand(
     million: SequenceDataModule, user: int, length: int, first: list[int], last: list[int]
 ) -> None:
