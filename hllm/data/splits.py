@@ -118,7 +118,7 @@ def _user_split(interactions: Interactions, config: SplitConfig, max_history: in
 
 def temporal_cuts(interactions: Interactions, config: SplitConfig) -> tuple[int, int]:
     """The moments, in seconds, at which validation and test begin."""
-    places = (np.cumsum(config.fractions[:2]) * len(interactions)).astype(np.int64)
+    places = (np.cumsum(config.fractions[:2]) * len(interactions)).astype(np.int64).clip(max=len(interactions) - 1)
     ordered = np.partition(interactions.timestamps, places)
     return int(ordered[places[0]]), int(ordered[places[1]])
 
@@ -142,7 +142,7 @@ def _temporal(interactions: Interactions, config: SplitConfig, max_history: int)
         else:
             users, targets = ranges(users, begins[users], ends[users])
         rows.append(_rows(interactions, users, targets, max_history))
-    return Splits(bounds[0], rows[0], rows[1], needs="an event after the cut, with one before it,")
+    return Splits(bounds[0], rows[0], rows[1], needs="an event after the cut and one before it")
 
 
 def ranges(values: Array64, begins: Array64, ends: Array64) -> tuple[Array64, Array64]:
