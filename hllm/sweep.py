@@ -48,7 +48,7 @@ def write_tables(folder: Path) -> None:
 def sweep_rows(folder: Path) -> list[Row]:
     """A row for each job's folder: number, overrides, seed, and metrics where it finished; then the popularity floor.
 
-    The floor has a row for each data set and protocol among the jobs.
+    The floor has a row for each data set, protocol and data fingerprint among the jobs.
     """
     jobs = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
     rows, floors = [], {}
@@ -61,7 +61,7 @@ def sweep_rows(folder: Path) -> list[Row]:
             record = json.loads(metrics.read_text())
             results, identity = record["results"], record["identity"]
             row |= _metrics("val", results["val"]) | _metrics("test", results["test"])
-            floor = f"popularity on {identity['dataset']}, {identity['protocol']}"
+            floor = f"popularity on {identity['dataset']}, {identity['protocol']}, data {identity['interactions']}"
             floors[floor] = {"job": "", "overrides": floor, "seed": "", **_metrics("test", results["popularity"])}
         rows.append(row)
     return [*rows, *floors.values()]

@@ -20,7 +20,7 @@ def job(folder: Path, number: int, overrides: list[str], hit_rate: float | None)
     if hit_rate is not None:
         values = {"all": {"users": 9, "hr@10": hit_rate, "mrr": 0.5, "ties": 0.0}}
         floor = {"all": values["all"] | {"hr@10": 0.05}}
-        identity = {"dataset": "toy", "protocol": "leave_one_out"}
+        identity = {"dataset": "toy", "protocol": "leave_one_out", "interactions": "abc"}
         results = {"results": {"val": values, "test": values, "popularity": floor}, "identity": identity}
         (folder / str(number) / "metrics.json").write_text(json.dumps(results))
 
@@ -50,7 +50,7 @@ def test_a_failed_job_is_not_hidden(folder: Path) -> None:
 
 
 def test_the_popularity_floor_stands_below_the_jobs(folder: Path) -> None:
-    assert table(folder)[7] == ["", "popularity on toy, leave_one_out", "", "0.0500", "0.5000"]
+    assert table(folder)[7] == ["", "popularity on toy, leave_one_out, data abc", "", "0.0500", "0.5000"]
 
 
 def test_means_and_deviations_are_over_the_seeds_that_finished(folder: Path) -> None:
