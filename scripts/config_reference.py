@@ -13,6 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import MISSING
+
 from hllm import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,34 @@ def table(flag: str, composed: Any) -> list[str]:
     return rows + nested
 
 
+def own_rows(group: str, schema: type, base: type) -> list[str]:
+    """The fields that a schema has beyond its group's base, with the schema's own defaults."""
+    helps, common = help_strings(schema), {field.name for field in fields(base)}
+    rows = []
+    for field in fields(schema):
+        if field.name not in common:
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            value = "to be given" if default == MISSING else value_text(default)
+            rows.append(f"| `{group}.{field.name}` | {value} | {helps.get(field.name, '')} |")
+    return rows
+
+
+def files_with(group: str, schema: type) -> str:
+    """The choices of a group that have a schema's fields, by the schema that each file or its parent file names."""
+    folder = ROOT / "conf" / group
+    name = next(name for name, known in config.SCHEMAS[group].items() if known is schema)
+
+    def names_it(path: Path) -> bool:
+        defaults = yaml.safe_load(path.read_text())["defaults"]
+        return any(
+            default == {f"/schema/{group}@_here_": name}
+            or (isinstance(default, str) and default != "_self_" and names_it(folder / f"{default}.yaml"))
+            for default in defaults
+        )
+
+    return ", ".join(f"`{group}={path.stem}`" for path in sorted(folder.glob("*.yaml")) if names_it(path))
+
+
 def files_of(group: str) -> list[str]:
     """A line for each file of the group: its name and its first comment."""
     lines = []
@@ -84,12 +115,17 @@ def document() -> str:
         parts.append(f"## {group}\n")
         if (ROOT / "conf" / group).is_dir():
             parts.append("\n".join(files_of(group)) + "\n")
-        named = [name for name in config.SCHEMAS.get(group, {}) if name != "base"]
-        for choice in [f"{group}={name}" for name in named] or [None]:
+        schemas = config.SCHEMAS.get(group, {})
+        for choice in [None] if "base" in schemas or not schemas else [f"{group}={name}" for name in schemas]:
             if choice:
                 parts.append(f"`{choice}`:\n")
             chosen = getattr(config.compose([choice] if choice else []), group)
             parts.append("\n".join([*header, *table(f"{group}.", chosen)]) + "\n")
+        if "base" in schemas:
+            for schema in schemas.values():
+                if rows := own_rows(group, schema, schemas["base"]):
+                    parts.append(f"{files_with(group, schema)} also:\n")
+                    parts.append("\n".join([*header, *rows]) + "\n")
     for group in ("experiment", "sweep", "debug"):
         parts.append(f"## {group}\n")
         parts.append("\n".join(files_of(group)) + "\n")
