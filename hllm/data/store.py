@@ -117,7 +117,7 @@ class PreparedStore:
                 raise ValueError("the events are not what was written")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, pl.exceptions.PolarsError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
             log.warning("%s: torn or altered (%s); preparing it anew", self.folder, error)
             return None
         fields = {name: table[name] for name in table.columns if name != "id"}
