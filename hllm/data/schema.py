@@ -75,8 +75,9 @@ class Catalog:
 
     @cached_property
     def titles(self) -> list[str]:
-        """What to show a person for each item: its title, or its id where there is none."""
-        titles = self.fields.get("title")
+        """What to show a person for each item: its title, else its name (in any case), or its id where it has none."""
+        by_name = {name.casefold(): values for name, values in self.fields.items()}
+        titles = by_name.get("title", by_name.get("name"))
         if titles is None:
             return cast(list[str], self.ids.to_list())
         return [title or item for title, item in zip(titles, self.ids, strict=True)]

@@ -79,6 +79,11 @@ def item_texts(catalog: Catalog, text: TextConfig) -> list[str]:
 
 def text_parts(catalog: Catalog, text: TextConfig) -> TextParts:
     """Template and values, cleaned by ``hllm.items.clean`` unless ``text.clean`` is off; raises as ``item_texts``."""
+    if not catalog.fields:
+        raise ConfigError(
+            "dataset.text: the items have no text for the Item LLM to read; give a file with some (dataset.items= of "
+            "dataset=custom), or items=id, which needs none"
+        )
     template = default_template(catalog) if text.template is None else text.template
     segments = parse_template(template, list(catalog.fields))
     columns = []
@@ -93,16 +98,7 @@ def text_parts(catalog: Catalog, text: TextConfig) -> TextParts:
 
 
 def default_template(catalog: Catalog) -> str:
-    """``name: {name}`` for every field, joined as the official code does.
-
-    Raises:
-        ConfigError: there is no field.
-    """
-    if not catalog.fields:
-        raise ConfigError(
-            "dataset.text: the items have no text for the Item LLM to read; give a file with some (dataset.items= of "
-            "dataset=custom), or items=id, which needs none"
-        )
+    """``name: {name}`` for every field, joined as the official code does."""
     return "".join(f"{name}: {{{name}}}" for name in catalog.fields)
 
 
