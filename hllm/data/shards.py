@@ -188,38 +188,39 @@ def read_shard(path: Path, num_items: int) -> Interactions:
     users = to_ids(table["user"])
     lengths, times_of_user = (table[name].list.len().fill_null(0) for name in ("items", "timestamps"))
 
-    def refuse(wrong: pl.Series | npt.NDArray[np.bool_], message: str) -> None:
-        """Of a mask over users or over events."""
+    def refuse(wrong: pl.Series, message: str) -> None:
+        """Of a mask over users."""
         if wrong.any():
-            row = int(np.argmax(wrong))
-            row = row if len(wrong) == len(users) else int(np.searchsorted(offsets, row, side="right")) - 1
+            row = int(wrong.arg_max() or 0)
             raise DataError(f"{path}: row {row + 1} (user {users[row]!r}) {message}")
+
+    def refuse_event(wrong: npt.NDArray[np.bool_], message: str) -> None:
+        """Of a mask over events."""
+        if wrong.any():
+            row = np.searchsorted(offsets, np.argmax(wrong), side="right") - 1
+            refuse(pl.Series(np.arange(len(users)) == row), message)
 
     refuse(users.is_null() | (users == ""), "has no user id")
     refuse(~users.is_first_distinct(), "repeats a user; a user's whole history belongs in one row")
     refuse(lengths == 0, "has no items; leave out users without events")
     refuse(lengths != times_of_user, "has not as many timestamps as items")
     offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
-    events = {name: table[name].explode() for name in ("items", "timestamps")}
-    del table
-    for name, values in events.items():
+    arrays = []
+    for name in ("items", "timestamps"):
+        values = table[name].explode()
         if values.has_nulls():
-            refuse(_by_user(values.is_null().to_numpy(), offsets), f"has an empty value among its {name}")
-    items, times = events["items"].to_numpy(), events["timestamps"].to_numpy()
-    refuse(
-        _by_user((items < 1) | (items > num_items), offsets),
+            refuse_event(values.is_null().to_numpy(), f"has an empty value among its {name}")
+        arrays.append(values.to_numpy())
+    items, times = arrays
+    refuse_event(
+        (items < 1) | (items > num_items),
         f"names an item outside 1..{num_items}, the rows of catalog.parquet counted from 1",
     )
-    refuse(_by_user((times < 0) | (times > LATEST), offsets), "has a time outside the years 1970 to 9999 in seconds")
-    falls = np.concatenate([[False], times[1:] < times[:-1]])
-    falls[offsets[:-1]] = False
-    refuse(_by_user(falls, offsets), "goes back in time; sort each user's events from the oldest to the newest")
+    refuse_event((times < 0) | (times > LATEST), "has a time outside the years 1970 to 9999 in seconds")
+    falls = times[1:] < times[:-1]
+    falls[offsets[1:-1] - 1] = False  # from a user's last event to the next one's first
+    refuse_event(np.append(False, falls), "goes back in time; sort each user's events from the oldest to the newest")
     return Interactions(items.astype(np.int32, copy=False), times.astype(np.int64, copy=False), offsets, users)
-
-
-def _by_user(wrong: npt.NDArray[np.bool_], offsets: Array64) -> npt.NDArray[np.bool_]:
-    """(E,) -> (U,): users with any such event."""
-    return np.logical_or.reduceat(wrong, offsets[:-1])
 
 
 def survey(
