@@ -21,6 +21,8 @@ PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 "Causal decoders whose cache of keys and values can be shared; all others take the plain path."
 MIN_PREFIX = 4
 "Shorter prefixes are not worth a forward pass of their own."
+CHUNK = 2_000
+"Texts measured at a time: while the tokenizer holds them, a token is a hundred bytes."
 DEVICE_BUDGET = {"cpu": 1024, "cuda": 16384}
 "Tokens a batch: a CPU is fastest while activations stay in its cache, a GPU wants large products."
 
@@ -141,8 +143,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
 def token_lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special ones included, before any is cut; in chunks, so that no ids are held."""
     lengths: list[int] = []
-    for start in range(0, len(texts), 10_000):
-        lengths += map(len, token_ids(tokenizer, texts[start : start + 10_000])["input_ids"])
+    for start in range(0, len(texts), CHUNK):
+        lengths += map(len, token_ids(tokenizer, texts[start : start + CHUNK])["input_ids"])
     return lengths
 
 

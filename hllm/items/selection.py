@@ -25,7 +25,8 @@ CHUNK = 512
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 "Kana and Han, written without spaces: each character counts as a word."
 TERM = rf"[{CJK}]|[^\W{CJK}]+"
-WORD = re.compile(rf"[{CJK}]\W*|[^\s{CJK}]+\s*|\s+")
+WORD = re.compile(rf"[{CJK}]\W*|[^\s|/;{CJK}]+[|/;]*\s*|[\s|/;]+")
+"Up to white space, or to what parts lists such as 'Drama|Sci-Fi'."
 SENTENCE = re.compile(r".+?(?:[.!?…]+[\"')\]”’»]*(?=\s)|[。！？]+[”’」』]*|\n|\Z)\s*", re.DOTALL)  # noqa: RUF001
 "Up to a full stop that white space follows, an East Asian one, or a line's end. It also parts 'Dr. Who'."
 PIECES = {Selection.bm25_sentences: SENTENCE, Selection.bm25_words: WORD}

@@ -126,7 +126,7 @@ def test_no_selected_text_is_longer_than_the_model_reads(
 
 
 @pytest.mark.parametrize("cut", [SENTENCE, WORD])
-@given(st.text(st.sampled_from("ab .!?\n\"'。剧ー\t"), max_size=40))
+@given(st.text(st.sampled_from("ab .!?|/\n\"'。剧ー\t"), max_size=40))
 def test_pieces_are_the_text(cut: Any, text: str) -> None:
     assert "".join(cut.findall(text)) == text
 
@@ -140,6 +140,10 @@ def test_pieces_are_the_text(cut: Any, text: str) -> None:
 )
 def test_sentences_end_at_stops(text: str, expected: list[str]) -> None:
     assert SENTENCE.findall(text) == expected
+
+
+def test_words_end_at_white_space_and_in_lists() -> None:
+    assert WORD.findall("it's 1.5 Sci-Fi|War 好。人") == ["it's ", "1.5 ", "Sci-Fi|", "War ", "好。", "人"]
 
 
 def test_a_literal_is_paid_for_once() -> None:
