@@ -7,7 +7,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from hllm.errors import CacheError
@@ -50,6 +53,11 @@ def write_whole(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_array(file: BinaryIO, array: npt.NDArray[Any]) -> None:
+    """Append an array's bytes. ``ndarray.tofile`` would lose the last of them on a full disk without a word."""
+    file.write(np.ascontiguousarray(array).data)
 
 
 def sync_tree(folder: Path) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hllm.config import CatalogItems, FilterConfig, UnknownItems
 from hllm.data.schema import Array32, Array64, Catalog
+from hllm.disk import write_array
 from hllm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -77,11 +78,11 @@ class RawEvents:
                 known = len(self.item_ids)
                 # one select: Polars encodes the two columns on two cores
                 encoded = checked.select(user=self.user_ids.encode("user"), item=self.item_ids.encode("item"))
-                self.user_ids.codes(encoded["user"]).tofile(users)
+                write_array(users, self.user_ids.codes(encoded["user"]))
                 codes = self.item_ids.codes(encoded["item"])
                 self.first_rows.append(rows[first_places(codes, known)])
-                codes.tofile(items)
-                checked["timestamp"].to_numpy().tofile(times)
+                write_array(items, codes)
+                write_array(times, checked["timestamp"].to_numpy())
         if not self.num_read:
             raise DataError(f"{self.source}: holds no interactions; download the file again")
         if not self.num_rows:
@@ -326,8 +327,8 @@ def sort_events(
                 counts -= np.bincount(rows["user"][~kept], minlength=len(counts))
                 dropped += len(rows) - int(kept.sum())
                 rows = rows[kept]
-            np.ascontiguousarray(rows["item"]).tofile(items_file)
-            np.ascontiguousarray(rows["time"]).tofile(times_file)
+            write_array(items_file, rows["item"])
+            write_array(times_file, rows["time"])
     if dropped:
         log.warning("%s: skipped %d rows that repeat an earlier user, item and timestamp", raw.source, dropped)
     return np.concatenate([[0], np.cumsum(counts)])
@@ -351,7 +352,7 @@ def _deal(
             rows = rows[np.argsort(block, kind="stable")]  # 16 bits: a radix sort
             ends = np.cumsum(np.bincount(block, minlength=len(paths)))
             for file, part in zip(files, np.split(rows, ends[:-1]), strict=True):
-                part.tofile(file)
+                write_array(file, part)
     finally:
         for file in files:
             file.close()
@@ -457,8 +458,8 @@ def prepare(
         for begin in range(0, len(sorted_items), CHUNK_ROWS):
             part = slice(begin, begin + CHUNK_ROWS)
             stay = slice(None) if kept is None else kept[part]
-            number[sorted_items[part][stay]].tofile(items_out)
-            sorted_times[part][stay].tofile(times_out)
+            write_array(items_out, number[sorted_items[part][stay]])
+            write_array(times_out, sorted_times[part][stay])
     lengths = np.diff(offsets)
     if kept is not None:
         lengths = np.add.reduceat(np.append(kept, False), np.minimum(offsets[:-1], len(kept)), dtype=np.int64)

@@ -21,7 +21,7 @@ import polars as pl
 
 from hllm.data.prepare import Prepared
 from hllm.data.schema import Catalog, Interactions
-from hllm.disk import TEMPORARY, file_digest, file_digests, locked, sync_tree, writing
+from hllm.disk import TEMPORARY, file_digest, file_digests, locked, sync_tree, write_array, writing
 from hllm.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -82,10 +82,12 @@ class PreparedStore:
                 offsets, users, catalog = build(work)
                 for name in ("items", "timestamps"):
                     (work / name).rename(result / name)
-                np.ascontiguousarray(offsets, np.int64).tofile(result / "offsets")
+                with (result / "offsets").open("wb") as file:
+                    write_array(file, offsets.astype(np.int64, copy=False))
                 pl.DataFrame({"user": users}).write_ipc(result / "users.arrow")
                 pl.DataFrame({"id": catalog.ids, **catalog.fields}).write_ipc(result / "catalog.arrow")
                 interactions = self._interactions(result, users)
+                assert len(interactions.items) == len(interactions.timestamps) == offsets[-1]
                 manifest = {
                     "parts": self.parts,
                     "lengths": {name: len(getattr(interactions, name)) for name in ARRAYS},

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hllm.data.prepare import Prepared
+from hllm.config import FilterConfig
+from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Catalog, Interactions
 from hllm.data.store import PreparedStore
 from hllm.disk import TEMPORARY
@@ -159,6 +161,28 @@ def test_a_full_disk_is_one_error_and_keeps_nothing(
             store().open(full if moment == "in the build" else build)
     assert left_over(store()) == []
     assert_right(*store().open(build)[:2])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 8, 15, 30, 100, 600, 700, 1000, 3000])
+def test_whatever_byte_the_disk_ends_at_data_are_right_or_refused(tmp_path: Path, raw: Path, limit: int) -> None:
+    """No file may grow beyond some bytes: the system refuses the rest, as a full disk does."""
+    events = pl.DataFrame({"user": ["u", "v"] * 9, "item": ["a", "b", "a"] * 6, "timestamp": range(18)})
+
+    def prepared(folder: Path) -> Prepared:
+        events_on_disk = RawEvents(folder, raw, 2)
+        events_on_disk.fill([events[:7], events[7:]], None)
+        return prepare(events_on_disk, Catalog(["a", "b"], {}), FilterConfig(), folder)
+
+    store, (soft, hard) = PreparedStore(tmp_path / "cache", [raw], {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        interactions, _, _ = store.open(prepared)
+        assert interactions.timestamps.tolist() == [*range(0, 18, 2), *range(1, 18, 2)]
+    except CacheError:
+        assert limit < 3000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_over(store) in ([], [store.key])
 
 
 def test_a_cache_folder_that_cannot_be_made_is_refused(raw: Path, tmp_path: Path) -> None:
