@@ -1,10 +1,11 @@
 """python -m hllm.recommend: checkpoint + one history -> top-k titles, also of items that were not in training."""
 
-import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import torch
 from omegaconf import MISSING
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from hllm.build import build_datamodule, build_module, cache_dir
 from hllm.cli import parse, quiet_libraries, report_errors
 from hllm.config import Config
+from hllm.data.lookup import find_row
 from hllm.data.schema import Batch, Catalog
 from hllm.data.tables import read_catalog
 from hllm.errors import ConfigError
@@ -78,8 +80,8 @@ class Recommendations:
         if new_items is not None:
             self._add(new_items)
 
-    def _embed(self, catalog: Catalog) -> ItemTable:
-        return embed_catalog(catalog, self.config.dataset.text, self.config.llm, cache_dir(self.config))
+    def _embed(self, catalog: Catalog, corpus: Catalog | None = None) -> ItemTable:
+        return embed_catalog(catalog, self.config.dataset.text, self.config.llm, cache_dir(self.config), corpus)
 
     def _add(self, new: Catalog) -> None:
         """Rank further items: embedded by the same LLM, mapped by what was fitted on the training catalogue."""
@@ -88,7 +90,7 @@ class Recommendations:
         if known := set(self.catalog.ids) & set(new.ids):
             raise ConfigError(f"new_items: id {min(known)} is in the catalogue already")
         try:
-            added = self._embed(new)
+            added = self._embed(new, self.catalog)
         except ConfigError as error:  # a column of the template is not in the file
             raise ConfigError(f"new_items: {error}") from error
         old = self.module.items.table
@@ -96,8 +98,11 @@ class Recommendations:
         vectors = torch.cat([old.vectors, added.vectors.to(old.vectors.dtype)])
         self.module.items.attach(ItemTable([*old.ids, *added.ids], vectors, f"{old.fingerprint}+{added.fingerprint}"))
         self.catalog = Catalog(
-            [*self.catalog.ids, *new.ids],
-            {name: [*column, *new.fields.get(name, [""] * len(new))] for name, column in self.catalog.fields.items()},
+            pl.concat([self.catalog.ids, new.ids]),
+            {
+                name: pl.concat([column, new.fields.get(name, pl.repeat("", len(new), eager=True))])
+                for name, column in self.catalog.fields.items()
+            },
         )
 
     def history_of_titles(self, titles: list[str]) -> Batch:
@@ -106,7 +111,7 @@ class Recommendations:
         Raises:
             ConfigError: a title is not in the catalogue; the message suggests near ones.
         """
-        return self._history(torch.tensor([self._find(title) for title in titles]))
+        return self._history(torch.tensor([find_row(self.catalog, title, "history") + 1 for title in titles]))
 
     def _history(self, items: Tensor, timestamps: Tensor | None = None) -> Batch:
         """One row of the newest of (E,) item ids and their times in seconds."""
@@ -127,29 +132,13 @@ class Recommendations:
         Raises:
             ConfigError: no such user.
         """
-        interactions = self.datamodule.interactions
-        found = (interactions.users == user).nonzero()[0]
-        if not len(found):
-            examples = ", ".join(interactions.users[:3])
-            raise ConfigError(f"user={user}: not among the {interactions.num_users} users ({examples}, ...)")
-        start, end = interactions.offsets[found[0]], interactions.offsets[found[0] + 1]
-        return self._history(
-            torch.from_numpy(interactions.items[start:end].astype("int64")),
-            torch.from_numpy(interactions.timestamps[start:end].copy()),
-        )
-
-    def _find(self, title: str) -> int:
-        """Item id of a title or an original id; case and outer spaces do not matter."""
-        wanted = title.strip().casefold()
-        for names in (self.catalog.titles, self.catalog.ids):
-            for row, name in enumerate(names):
-                if name.casefold() == wanted:
-                    return row + 1
-        by_name = {name.casefold(): name for name in self.catalog.titles}
-        near = [by_name[name] for name in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.5)]
-        near += [name for key, name in by_name.items() if wanted in key and name not in near][:2]
-        hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "no title is like it"
-        raise ConfigError(f"history: {title.strip()!r} is not in the catalogue; {hint}")
+        history = self.datamodule.history(user)
+        if history is None:
+            num_users = self.datamodule.num_users
+            examples = ", ".join(self.datamodule.user_ids(np.arange(min(3, num_users))))
+            raise ConfigError(f"user={user}: not among the {num_users} users ({examples}, ...)")
+        items, timestamps = history
+        return self._history(torch.from_numpy(items.astype("int64")), torch.from_numpy(timestamps))
 
     @torch.inference_mode()
     def rank(self, history: Batch, k: int) -> list[tuple[str, float]]:
