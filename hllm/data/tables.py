@@ -223,6 +223,8 @@ def read_csv_chunks(
             line, _, block = block.partition(b"\n")
             names = _header(line, path, list(columns.values()), separator)
             row = 2
+        if block.endswith(b"\r"):  # the end of the file is in the middle of a CRLF
+            block += b"\n"
         body = block.rstrip(b"\r\n")
         if b"\r" in block[len(body) :].replace(b"\r\n", b""):  # belongs to a line, which is refused for it
             body = block.rstrip(b"\n")
