@@ -91,9 +91,12 @@ class ShardFolder:
                 "python -m hllm.shard out=FOLDER writes one"
             )
         self.catalog = _read_catalog(folder / "catalog.parquet")
-        with locked(cache_dir / "shards" / f"{_digest(str(folder.resolve()))}.lock", f"surveying {folder}"):
-            found = _load_manifest(folder)
-            self.manifest, self.train_counts = found or survey(folder, self.catalog)
+        found = _load_manifest(folder)
+        if found is None:
+            with locked(cache_dir / "shards" / f"{_digest(str(folder.resolve()))}.lock", f"surveying {folder}"):
+                # another process may have done it while this one waited
+                found = _load_manifest(folder) or survey(folder, self.catalog)
+        self.manifest, self.train_counts = found
         self._check_files()
         self.paths = [folder / "histories" / shard.name for shard in self.manifest.shards]
         "(S,) files, by name."

@@ -355,6 +355,20 @@ def test_a_folder_of_another_program_is_surveyed_once(tmp_path: Path, monkeypatc
     assert opened(folder).fingerprint == data.fingerprint
 
 
+def test_the_folder_that_the_documentation_writes_is_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "events").mkdir()
+    for number in range(2):
+        events = {"user": rng.integers(0, 30, 200), "item_row": rng.integers(1, 10, 200), "timestamp": rng.random(200)}
+        table = pl.DataFrame(events).with_columns((pl.col("timestamp") * 1e9).cast(pl.Int64))
+        table.write_parquet(tmp_path / "events" / f"{number}.parquet")
+    folder = write(tmp_path / "FOLDER")
+    snippet = (Path(__file__).parents[2] / "docs" / "scale.md").read_text().split("```python")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
+    data = opened(folder)
+    assert (data.num_users, data.shards.manifest.num_events, len(data.shards.paths)) == (30, 400, 8)
+
+
 def test_a_folder_that_cannot_be_written_is_surveyed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
