@@ -1,37 +1,54 @@
-"""Loaders that every data set shares."""
+"""What every data set shares: prepared once, cut by the protocol, loaded by any number of workers."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hllm.config import DatasetConfig
-from hllm.data.base import SequenceDataModule
-from hllm.data.schema import Batch, Catalog, Interactions
+from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig
+from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.schema import Batch, Catalog
 from hllm.errors import DataError
 
 NUM_USERS, LENGTH = 9, 8
-CONFIG = DatasetConfig(name="made", _target_="", max_history=4, batch_size=3, eval_batch_size=5)
+CONFIG = DatasetConfig(name="made", _target_="made", max_history=4, batch_size=3, eval_batch_size=5)
 
 
 class Made(SequenceDataModule):
-    """Nine users with 8 different items each."""
+    """Users who each do something with items of their own, one a second; ``raw`` says how many users and events."""
 
-    length = LENGTH
+    reads = 0
 
-    def read(self, folder: Path) -> tuple[Interactions, Catalog]:
-        total = NUM_USERS * self.length
-        items, times = np.arange(1, total + 1, dtype=np.int32), np.arange(total, dtype=np.int64)
-        offsets = np.arange(0, total + 1, self.length)
-        return Interactions(items, times, offsets, np.arange(NUM_USERS).astype(str)), Catalog(items.astype(str), {})
+    def find(self, folder: Path) -> RawFiles:
+        return RawFiles(folder / "raw", None)
+
+    def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
+        type(self).reads += 1
+        users, length = map(int, files.interactions.read_text().split())
+        events = np.arange(users * length)
+        yield pl.DataFrame({"user": events // length, "item": events + 1, "timestamp": events, "rating": events % 5})
+
+    def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
+        return Catalog(wanted, {})
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> SequenceDataModule:
-    module = Made(replace(CONFIG, root=str(tmp_path)), tmp_path)
+def make(tmp_path: Path) -> Callable[..., Made]:
+    def module(users: int = NUM_USERS, length: int = LENGTH, **changes: object) -> Made:
+        (tmp_path / "raw").write_text(f"{users} {length}")
+        return Made(replace(CONFIG, root=str(tmp_path), **changes), tmp_path / "cache")
+
+    return module
+
+
+@pytest.fixture
+def data(make: Callable[..., Made]) -> Made:
+    module = make()
     module.setup()
     return module
 
@@ -40,12 +57,12 @@ def targets(loader: DataLoader[Batch]) -> list[int]:
     return torch.cat([batch.targets[batch.targets > 0] for batch in loader]).tolist()
 
 
-def test_an_epoch_trains_each_transition_once(data: SequenceDataModule) -> None:
-    expected = [u * LENGTH + event for u in range(NUM_USERS) for event in range(2, LENGTH - 1)]
+def test_an_epoch_trains_each_transition_once(data: Made) -> None:
+    expected = [user * LENGTH + event for user in range(NUM_USERS) for event in range(2, LENGTH - 1)]
     assert sorted(targets(data.train_dataloader())) == expected
 
 
-def test_training_order_follows_the_seed_and_changes_between_epochs(data: SequenceDataModule) -> None:
+def test_training_order_follows_the_seed_and_changes_between_epochs(data: Made) -> None:
     loader = data.train_dataloader()
     torch.manual_seed(3)
     first, second = targets(loader), targets(loader)
@@ -54,34 +71,93 @@ def test_training_order_follows_the_seed_and_changes_between_epochs(data: Sequen
     assert first != second
 
 
-def test_each_user_is_evaluated_once_in_order(data: SequenceDataModule) -> None:
+def test_each_user_is_evaluated_once_in_order(data: Made) -> None:
     ends = [LENGTH * (user + 1) for user in range(NUM_USERS)]
     assert targets(data.val_dataloader()) == [end - 1 for end in ends]
     assert targets(data.test_dataloader()) == ends
     assert [len(batch) for batch in data.test_dataloader()] == [5, 4]
 
 
-def test_only_evaluation_batches_carry_seen_items(data: SequenceDataModule) -> None:
-    assert [next(iter(loader)).seen.shape[1] for loader in (data.train_dataloader(), data.test_dataloader())] == [
-        0,
-        5 * (LENGTH - 1),
-    ]
+def test_only_evaluation_batches_carry_seen_items(data: Made) -> None:
+    loaders = data.train_dataloader(), data.test_dataloader()
+    assert [next(iter(loader)).seen.shape[1] for loader in loaders] == [0, 5 * (LENGTH - 1)]
 
 
-def test_loader_workers_give_the_same_batches(data: SequenceDataModule) -> None:
-    alone = targets(data.test_dataloader())
-    data.config.num_workers = 1
-    assert targets(data.test_dataloader()) == alone
+def test_loader_workers_give_the_same_batches(data: Made) -> None:
+    alone = [list(loader) for loader in (data.test_dataloader(), data.val_dataloader())]
+    data.config.num_workers = 2
+    for batches, loader in zip(alone, (data.test_dataloader(), data.val_dataloader()), strict=True):
+        for expected, found in zip(batches, loader, strict=True):
+            assert all(torch.equal(value, asdict(found)[name]) for name, value in asdict(expected).items())
 
 
-def test_a_data_set_without_a_user_to_evaluate_is_refused(tmp_path: Path) -> None:
-    module = Made(replace(CONFIG, root=str(tmp_path)), tmp_path)
-    module.length = 2
+def test_a_second_run_reads_nothing_again_and_has_the_same(make: Callable[..., Made], data: Made) -> None:
+    reads = Made.reads
+    for changes in ({}, {"protocol": Protocol.temporal}, {"max_history": 2, "split": SplitConfig(seed=4)}):
+        again = make(**changes)
+        again.setup()
+        assert again.fingerprint == data.fingerprint
+    assert Made.reads == reads
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": 7},
+        {"filter": FilterConfig(min_rating=1)},
+        {"legacy_sort": True},
+        {"protocol": Protocol.leave_one_out_official},
+    ],
+    ids=["file", "filter", "sort", "numbering"],
+)
+def test_another_file_or_rule_is_prepared_anew(
+    make: Callable[..., Made], data: Made, changes: dict[str, object]
+) -> None:
+    reads = Made.reads
+    make(**changes).setup()
+    assert Made.reads == reads + 1
+
+
+def test_a_user_is_found_by_the_original_id(data: Made) -> None:
+    items, times = data.history("1") or ((), ())
+    assert data.user_ids(np.array([1, 0])).to_list() == ["1", "0"]
+    assert list(items) == list(range(LENGTH + 1, 2 * LENGTH + 1))
+    assert list(times) == list(range(LENGTH, 2 * LENGTH))
+    assert data.history("x") is None
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "split", "message"),
+    [
+        (2, {}, "val", "no user has 3 events, which leave_one_out needs"),
+        (2, {}, "test", "no user has 3 events, which leave_one_out needs"),
+        (3, {}, "train", "no user has 2 training events, which leave_one_out needs"),
+        (1, {"protocol": Protocol.user_split}, "test", "no user has 2 events, which user_split 80/10/10 seed 0 needs"),
+        (
+            1,
+            {"protocol": Protocol.temporal},
+            "val",
+            "no user has an event after the cut and one before it, which temporal 80/10/10 last needs",
+        ),
+    ],
+)
+def test_a_split_without_a_row_is_refused(
+    make: Callable[..., Made], length: int, changes: dict[str, object], split: str, message: str
+) -> None:
+    module = make(length=length, **changes)
     module.setup()
-    with pytest.raises(DataError, match="made: no user has the 3 events that leave_one_out needs"):
-        module.val_dataloader()
+    with pytest.raises(DataError, match=f"made: {message}; give more events, or choose another dataset.protocol"):
+        getattr(module, f"{split}_dataloader")()
 
 
-def test_a_batch_moves_to_a_device_with_all_its_parts(data: SequenceDataModule) -> None:
+def test_other_counts_than_published_are_refused(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Made, "counts", Counts(interactions=72, users=9, items=70))
+    with pytest.raises(DataError, match=r"raw: expected .*items=70\), found .*items=72\).*dataset.check_counts=false"):
+        make().setup()
+    make(check_counts=False).setup()
+    make(filter=FilterConfig(min_rating=1)).setup()
+
+
+def test_a_batch_moves_to_a_device_with_all_its_parts(data: Made) -> None:
     moved = next(iter(data.test_dataloader())).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}

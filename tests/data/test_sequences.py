@@ -1,13 +1,14 @@
 """The vectorised gather equals a loop over samples."""
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from hllm.config import TrainRows
-from hllm.data.prepare import Rows, leave_one_out_rows, train_rows
 from hllm.data.schema import Batch, Interactions
 from hllm.data.sequences import SequenceDataset
+from hllm.data.splits import Rows, leave_one_out_ends, leave_one_out_rows, train_rows
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def data() -> Interactions:
         items=rng.integers(1, 50, total).astype(np.int32),
         timestamps=rng.integers(1, 10**9, total),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        users=np.arange(30).astype(str),
+        users=pl.Series(np.arange(30).astype(str)),
     )
 
 
@@ -58,7 +59,7 @@ def assert_same(found: Batch, expected: Batch) -> None:
 @pytest.mark.parametrize("kind", TrainRows)
 @pytest.mark.parametrize("max_history", [1, 4, 100])
 def test_training_batches_equal_a_loop_over_samples(data: Interactions, kind: TrainRows, max_history: int) -> None:
-    rows = train_rows(data, max_history, kind)
+    rows = train_rows(data, leave_one_out_ends(data), max_history, kind)
     dataset = SequenceDataset(data, rows)
     for indices in torch.randperm(len(rows)).split(13):
         assert_same(dataset.__getitems__(indices.tolist()), naive(data, rows, indices.tolist(), with_seen=False))
@@ -89,3 +90,14 @@ def test_batches_are_padded_to_their_own_longest_row(data: Interactions) -> None
     batch = SequenceDataset(data, rows).__getitems__(short)
     assert batch.items.shape == (len(short), lengths[short].max())
     assert batch.mask.sum(1).tolist() == lengths[short].tolist()
+
+
+def test_a_target_that_ends_the_file_is_read(data: Interactions) -> None:
+    lengths = np.diff(data.offsets)
+    user = int(np.flatnonzero(lengths >= 3)[-1])
+    cut = Interactions(
+        *(a[: data.offsets[user + 1]] for a in (data.items, data.timestamps)), data.offsets[: user + 2], data.users
+    )
+    rows = leave_one_out_rows(cut, 1, max_history=100)
+    batch = SequenceDataset(cut, rows).__getitems__([len(rows) - 1, int((rows.ends - rows.starts).argmax())])
+    assert batch.targets[0, lengths[user] - 2] == data.items[data.offsets[user + 1] - 1]
