@@ -169,7 +169,9 @@ def to_seconds(values: pl.Series, unit: TimestampUnit, path: Path, first_row: in
         divisor = DIVISORS[unit]
         raw = pl.col("raw").str.strip_chars() if values.dtype == pl.String else pl.col("raw")
         whole = raw.cast(pl.Int64, strict=False) // divisor  # through a float, nanoseconds would lose digits
-        floor = (raw.cast(pl.Float64, strict=False) / divisor).floor().cast(pl.Int64, strict=False)
+        # 1.46474E+09, as spreadsheets write, has lost the order of events
+        exact = pl.when(~raw.str.contains("[eE]")).then(raw) if values.dtype == pl.String else raw
+        floor = (exact.cast(pl.Float64, strict=False) / divisor).floor().cast(pl.Int64, strict=False)
         seconds = pl.DataFrame({"raw": values}).select(pl.coalesce(whole, floor)).to_series()
     else:
         raise DataError(f"{path}: timestamps are of type {values.dtype}; they must be numbers, texts, dates or times")

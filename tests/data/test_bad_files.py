@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hllm.config import CustomConfig
 from hllm.data import tables
+from hllm.data.custom import CustomData
 from hllm.data.prepare import RawEvents
 from hllm.data.tables import read_csv_catalog, read_csv_chunks, read_csv_table, read_parquet, to_catalog
 from hllm.errors import DataError
@@ -77,9 +80,11 @@ EVENTS = [
     Case("a column twice", b"user_id,item_id,timestamp,item_id\nu,a,5,b\n", "has two columns 'item_id'.*Rename one"),
     Case("other capitals", b"User_ID,item_id,timestamp\nu,a,5\n", r"has no column 'user_id'.*found \['User_ID'"),
     Case(
-        "tabs for commas", b"user_id\titem_id\ttimestamp\nu\ta\t5\n", r"row 1 is not separated by ','.*separator='\\t'"
+        "tabs for commas",
+        b"user_id\titem_id\ttimestamp\nu\ta\t5\n",
+        r"row 1 is not separated by ','.*dataset.separator=.\\t",
     ),
-    Case("semicolons", b"user_id;item_id;timestamp\nu;a;5\n", r"row 1 is not separated by ','.*separator=';'"),
+    Case("semicolons", b"user_id;item_id;timestamp\nu;a;5\n", r"row 1 is not separated by ','.*dataset.separator=.;"),
     Case("spaces", b"user_id item_id timestamp\nu a 5\n", r"has no column 'user_id'.*found \['user_id item_id"),
     Case("another separator further down", HEAD + b"u1,a,5\nu2\tb\t6\n", f"row 3 has 1 values, expected 3 .*; {MEND}"),
     Case("missing last field", HEAD + b"u1,a,5\nu2,b\nu3,c,7\n", f"row 3 has 2 values, expected 3 .*'u2,b'; {MEND}"),
@@ -338,6 +343,27 @@ def test_the_fast_reader_finds_what_each_line_means(text: str, block: int) -> No
                 list(chunks)
         else:
             assert pl.concat(chunks).rows() == expected
+
+
+@pytest.mark.parametrize("case", EVENTS, ids=lambda case: case.name)
+def test_interactions_of_a_custom_data_set(tmp_path: Path, case: Case) -> None:
+    """The same files by another way in, which words some messages of its own."""
+    path = tmp_path / "events.csv"
+    path.write_bytes(case.data)
+    columns = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
+    form = {"separator": case.separator, "encoding": case.encoding}
+    config = CustomConfig(name="own", _target_="own", root=str(tmp_path), interactions=path.name, **columns, **form)
+    data = CustomData(config, tmp_path / "cache")
+    expected = [("u1", "a", 5)] if case.name == "time with a point" else case.expected
+    if isinstance(expected, str):
+        row = expected[: re.match(r"(row [2-9] )?", expected).end()]
+        with pytest.raises(DataError, match=rf"events\.csv: {row}|^dataset\."):
+            data.setup()
+    else:
+        data.setup()
+        users = np.repeat(data.interactions.users.to_list(), np.diff(data.interactions.offsets))
+        items = data.catalog.ids[data.interactions.items - 1]
+        assert sorted(zip(users, items, data.interactions.timestamps, strict=True)) == sorted(expected)
 
 
 def parquet_events(**columns: list[object] | pl.Series) -> pl.DataFrame:
