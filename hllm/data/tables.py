@@ -291,8 +291,9 @@ def _header(line: bytes, path: Path, wanted: Sequence[str], separator: str) -> l
     other = next((mark for mark in ",\t;|" if mark != separator and mark in names[0]), None)
     if len(names) == 1 and other is not None and wanted != names:
         raise DataError(
-            f"{path}: row 1 is not separated by {separator!r}: {names[0][:80]!r}; give dataset.separator="
-            f"{other!r} (dataset=custom)"
+            f"{path}: row 1 is not separated by {separator!r}: {names[0][:80]!r}; with dataset=custom, give "
+            # quoted for the shell and, inside, for Hydra, to which a semicolon or a comma means something
+            f"'dataset.separator=\"{other.replace(chr(9), chr(92) + 't')}\"'"
         )
     check_header(path, wanted, names)
     return names

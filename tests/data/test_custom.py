@@ -3,6 +3,8 @@
 import datetime
 import gzip
 import json
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from conftest import WORDS, Run
 from hllm.build import build_datamodule
 from hllm.config import Config, CustomConfig, TimestampUnit, compose, from_plain, to_plain
 from hllm.data.base import SequenceDataModule
-from hllm.data.custom import CustomData, find_column, to_seconds
+from hllm.data.custom import USUAL_NAMES, CustomData, find_column, to_seconds
 from hllm.errors import ConfigError, DataError
 from hllm.items.text import item_texts
 from hllm.recommend import main as recommend
@@ -109,7 +111,7 @@ def test_another_separator_is_named(read: Read, tmp_path: Path, given: str, sepa
 
 def test_an_unnamed_separator_is_suggested(read: Read, tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_bytes(csv_bytes(EVENT_COLUMNS, EVENTS, ";"))
-    with pytest.raises(DataError, match=r"events\.csv: .*give dataset\.separator=';'"):
+    with pytest.raises(DataError, match=r"""events\.csv: .*give 'dataset\.separator=";"'"""):
         read()
 
 
@@ -331,7 +333,7 @@ def seconds(values: list[object], unit: str = "s", kind: type[pl.DataType] | Non
     [
         ("1396867869", "s"), (" 1396867869 ", "s"), ("1396867869.0", "s"), ("1396867869.9", "s"), (1396867869, "s"),
         (1396867869.5, "s"), ("1396867869999", "ms"), (1396867869123456, "us"), ("1396867869999999999", "ns"),
-        ("1.396867869e9", "s"), ("2014-04-07T10:51:09.277Z", "iso"), ("2014-04-07 10:51:09", "iso"),
+        ("2014-04-07T10:51:09.277Z", "iso"), ("2014-04-07 10:51:09", "iso"),
         ("2014-04-07 10:51:09 UTC", "iso"), ("2014-04-07T12:51:09+02:00", "iso"), ("20140407T105109Z", "iso"),
         (datetime.datetime(2014, 4, 7, 10, 51, 9, 500_000), "s"),
         (datetime.datetime(2014, 4, 7, 12, 51, 9, tzinfo=datetime.timezone(datetime.timedelta(hours=2))), "ms"),
@@ -362,7 +364,7 @@ def test_datetimes_of_parquet_need_no_unit(read: Read, tmp_path: Path, time_unit
     [
         ("1396867869123", "s"), (1396867869123, "s"), ("-1", "s"), ("x", "s"), ("nan", "s"), ("inf", "s"), ("", "ms"),
         (float("nan"), "s"), (None, "s"), ("2014-04-07", "s"), ("1396867869", "iso"), ("07.04.2014", "iso"),
-        ("2014-13-07", "iso"), ("1960-01-01", "iso"), (datetime.datetime(1960, 1, 1), "s"), (None, "iso"),
+        ("2014-13-07", "iso"), ("1.396867869e9", "s"), ("1960-01-01", "iso"), (datetime.datetime(1960, 1, 1), "s"), (None, "iso"),
     ],
 )  # fmt: skip
 def test_what_is_no_time_is_refused_with_its_row_and_the_remedy(value: object, unit: str) -> None:
@@ -437,6 +439,29 @@ def test_a_name_of_ones_own_survives_a_checkpoint(name: str) -> None:
     config = compose(["dataset=custom", "dataset.interactions=e.csv", f"dataset.name={name}"])
     assert isinstance(config.dataset, CustomConfig)
     assert from_plain(to_plain(config)) == config
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "your-own-data.md"
+
+
+def test_the_page_names_every_usual_column() -> None:
+    named = re.sub(r"[^a-z0-9,|]", "", PAGE.read_text().lower().replace("(_id)", ",ID,").replace(";", ","))
+    for role, names in USUAL_NAMES.items():
+        for name in names:
+            stem = name.removesuffix("id") if len(name) > 4 else name
+            assert re.search(rf"[,|]{name}[,|]|[,|]{stem}[,|]", named), f"{role}: {name}"
+
+
+def test_the_files_of_the_page_are_read_as_it_shows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    page = PAGE.read_text()
+    for name, content in re.findall(r"cat > (\S+) <<'EOF'\n(.*?)EOF\n", page, re.S):
+        (tmp_path / name).write_text(content)
+    flags = re.findall(r"dataset\S*=\S+", page.partition("python -m hllm.train")[2].partition("```")[0])
+    with caplog.at_level(logging.INFO):
+        build_datamodule(compose([*flags, f"dataset.root={tmp_path}", f"cache_dir={tmp_path}"]))
+    shown = [line.partition("; prepared")[0] for line in page.splitlines() if line.startswith("custom: 19")]
+    assert len(flags) == 4
+    assert shown[0] in caplog.text
 
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "ml-latest-small"
