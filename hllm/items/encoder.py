@@ -4,10 +4,14 @@ B texts in a batch, T tokens of its longest, P tokens of a shared prefix, D widt
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,8 +25,8 @@ PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 "Causal decoders whose cache of keys and values can be shared; all others take the plain path."
 MIN_PREFIX = 4
 "Shorter prefixes are not worth a forward pass of their own."
-CHUNK = 2_000
-"Texts measured at a time: while the tokenizer holds them, a token is a hundred bytes."
+CHUNK = 500
+"Texts in the tokenizer at a time: while it holds them, a token is two hundred bytes."
 DEVICE_BUDGET = {"cpu": 1024, "cuda": 16384}
 "Tokens a batch: a CPU is fastest while activations stay in its cache, a GPU wants large products."
 
@@ -58,7 +62,8 @@ class Encoder:
 
     def order(self) -> list[int]:
         """Rows, longest text first: too large a batch shows at once, and neighbours pad little."""
-        return sorted(range(len(self.tokens)), key=lambda row: (-len(self.tokens[row]), row))
+        rows: list[int] = np.argsort(-self.tokens.lengths, kind="stable").tolist()
+        return rows
 
     def encode(self, rows: Sequence[int], advance: Callable[[int], object] = lambda done: None) -> Tensor:
         """Vectors of some rows, in batches of at most token_budget tokens, padding included.
@@ -83,7 +88,7 @@ class Encoder:
     def _batches(self, rows: Sequence[int]) -> list[list[int]]:
         batches: list[list[int]] = []
         for row in rows:
-            if batches and len(self.tokens[batches[-1][0]]) * (len(batches[-1]) + 1) <= self.token_budget:
+            if batches and self.tokens.lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self.token_budget:
                 batches[-1].append(row)
             else:
                 batches.append([row])
@@ -120,19 +125,60 @@ class Encoder:
             )
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+class Tokens:
+    """The token ids of each text, end to end: four bytes a token, where a list of lists takes many times that."""
+
+    def __init__(self) -> None:
+        self._flat, self._lengths = array("i"), array("q")
+
+    def append(self, ids: Sequence[int]) -> None:
+        self._flat.extend(ids)
+        self._lengths.append(len(ids))
+
+    @cached_property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """All ids; from the first look at them on, nothing can be appended."""
+        return np.frombuffer(self._flat, dtype=np.int32) if self._flat else np.empty(0, dtype=np.int32)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(texts,) as ``ids``."""
+        return np.frombuffer(self._lengths, dtype=np.int64) if self._lengths else np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return self.lengths.cumsum()
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, row: int) -> list[int]:
+        if row >= len(self):
+            raise IndexError(row)  # which ends a loop
+        ids: list[int] = self.ids[self._ends[row] - self.lengths[row] : self._ends[row]].tolist()
+        return ids
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     """Token ids of each text with the tokenizer's own special tokens, at most ``max_tokens``, at least one."""
     tokenizer.truncation_side = "right"
-    tokens: list[list[int]] = token_ids(tokenizer, texts)["input_ids"]
-    long = [row for row, ids in enumerate(tokens) if len(ids) > max_tokens]
-    if long:
-        log.warning("%d of %d item texts are longer than llm.max_tokens=%d: cut", len(long), len(tokens), max_tokens)
-        cut = token_ids(tokenizer, [texts[row] for row in long], truncation=True, max_length=max_tokens)["input_ids"]
-        for row, ids in zip(long, cut, strict=True):
-            tokens[row] = ids
     specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     blank = next(token for token in specials if token is not None)
-    return [ids or [blank] for ids in tokens]
+    tokens, num_long = Tokens(), 0
+    for chunk in chunks(texts):
+        whole: list[list[int]] = token_ids(tokenizer, chunk)["input_ids"]
+        long = [row for row, ids in enumerate(whole) if len(ids) > max_tokens]
+        if long:  # cut by the tokenizer, which keeps its special tokens at the end
+            again = [chunk[row] for row in long]
+            cut = token_ids(tokenizer, again, truncation=True, max_length=max_tokens)["input_ids"]
+            for row, ids in zip(long, cut, strict=True):
+                whole[row] = ids
+            num_long += len(long)
+        for ids in whole:
+            tokens.append(ids or [blank])
+    if num_long:
+        log.warning("%d of %d item texts are longer than llm.max_tokens=%d: cut", num_long, len(texts), max_tokens)
+    return tokens
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
@@ -143,9 +189,14 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
 def token_lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special ones included, before any is cut; in chunks, so that no ids are held."""
     lengths: list[int] = []
-    for start in range(0, len(texts), CHUNK):
-        lengths += map(len, token_ids(tokenizer, texts[start : start + CHUNK])["input_ids"])
+    for chunk in chunks(texts):
+        lengths += map(len, token_ids(tokenizer, chunk)["input_ids"])
     return lengths
+
+
+def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in order, ``CHUNK`` at a time."""
+    return (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
 
 
 def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,9 +242,9 @@ def _check_fit(backbone: Backbone, llm: LLMConfig) -> None:
         raise ConfigError(f"llm.max_tokens={llm.max_tokens}: {backbone.name} reads at most {limit} tokens")
 
 
-def _check_vocabulary(backbone: Backbone, tokens: list[list[int]]) -> None:
+def _check_vocabulary(backbone: Backbone, tokens: Tokens) -> None:
     embedding = backbone.model.get_input_embeddings()
-    largest = max((max(ids) for ids in tokens), default=0)
+    largest = int(tokens.ids.max(initial=0))
     if largest >= embedding.num_embeddings:
         raise LLMError(
             f"llm.model={backbone.name}: the tokenizer gives token {largest}, the model has "

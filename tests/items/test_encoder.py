@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from hllm.config import Dtype, LLMConfig, Pooling, TextConfig
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError, LLMError
+from hllm.items import encoder as encoders
 from hllm.items.backbone import load_backbone
-from hllm.items.encoder import Encoder, shared_prefix
+from hllm.items.encoder import Encoder, shared_prefix, token_ids
 from hllm.items.files import LLMFiles
 from hllm.items.text import item_texts
 
@@ -124,6 +126,28 @@ def test_long_text_is_cut_and_counted(tiny_bert: Path, llm_config: Config, caplo
     separator = subject.backbone.tokenizer.sep_token_id
     assert [len(tokens) for tokens in subject.tokens] == [32, 3]
     assert subject.tokens[0][-1] == separator
+
+
+def test_a_large_catalogue_passes_the_tokenizer_in_chunks_and_its_tokens_stay_the_same(
+    tiny_bert: Path, llm_config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["word1 " * (7 * row % 50) for row in range(20)]
+    whole = encoder(tiny_bert, llm_config(tiny_bert), texts)
+    reference = token_ids(whole.backbone.tokenizer, texts, truncation=True, max_length=32)["input_ids"]
+    asked: list[int] = []
+    monkeypatch.setattr(encoders, "CHUNK", 3)
+    monkeypatch.setattr(
+        encoders, "token_ids", lambda *args, **options: asked.append(len(args[1])) or token_ids(*args, **options)
+    )
+    caplog.clear()
+    subject = encoder(tiny_bert, llm_config(tiny_bert), texts)
+    assert max(asked) == 3
+    assert list(subject.tokens) == list(whole.tokens) == reference
+    assert subject.tokens.ids.dtype == np.int32
+    assert subject.order() == sorted(range(20), key=lambda row: (-len(reference[row]), row))
+    assert [record.getMessage().split(" texts")[0] for record in caplog.records] == [
+        f"{sum(len(text.split()) + 2 > 32 for text in texts)} of 20 item"
+    ]
 
 
 def test_empty_text_has_a_vector(tiny_llama: Path, llm_config: Config) -> None:
