@@ -70,6 +70,7 @@ def build_module(config: Config, datamodule: DataModule) -> Recommender:
         data_identity={
             "dataset": config.dataset.name,
             "protocol": config.dataset.protocol_name,
+            "catalogue": datamodule.catalog.fingerprint,
             "interactions": datamodule.fingerprint,
         },
         hyperparameters=to_plain(config),

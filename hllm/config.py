@@ -334,6 +334,8 @@ class DatasetConfig:
         """The protocol with the parameters that it has: what stands beside every number."""
         shares = "/".join(f"{100 * share:g}" for share in self.split.fractions)
         name = self.protocol.name
+        if self.protocol is Protocol.leave_one_out_official and self.rows is TrainRows.latest:
+            name += " latest"
         if self.protocol is Protocol.user_split:
             name += f" {shares} seed {self.split.seed}"
         if self.protocol is Protocol.temporal:

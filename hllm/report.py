@@ -46,6 +46,14 @@ def frequency_table(results: Results, system: str) -> str:
     return text_table(header, rows)
 
 
+def measured_on(identity: Mapping[str, str]) -> str:
+    """Data, protocol and catalogue: numbers of two runs can be compared where this is the same."""
+    return (
+        f"{identity['dataset']}, protocol {identity['protocol']}, {identity['catalogue']}, "
+        f"data {identity['interactions']}"
+    )
+
+
 def protocol_line(identity: Mapping[str, str], results: Results) -> str:
     """What every number needs beside it: protocol, data, and how much chance there is in it."""
     everyone = results["test"]["all"]
@@ -53,10 +61,8 @@ def protocol_line(identity: Mapping[str, str], results: Results) -> str:
     error = sqrt(everyone[name] * (1 - everyone[name]) / users)
     # this protocol alone predicts several events of one user
     counted = "predictions" if "successive" in identity["protocol"] else "users"
-    return (
-        f"{identity['dataset']}, protocol {identity['protocol']} (whole catalogue ranked, history masked), "
-        f"data {identity['interactions']}, {users:.0f} {counted}; one standard error of {name} is {error:.3f}"
-    )
+    ranking = f"whole catalogue ranked, history masked, {users:.0f} {counted}"
+    return f"{measured_on(identity)}: {ranking}; one standard error of {name} is {error:.3f}"
 
 
 def full_report(results: Results, identity: Mapping[str, str], system: str) -> str:

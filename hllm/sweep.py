@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from hllm.report import text_table
+from hllm.report import measured_on, text_table
 
 Row = dict[str, str | float]
 
@@ -48,7 +48,7 @@ def write_tables(folder: Path) -> None:
 def sweep_rows(folder: Path) -> list[Row]:
     """A row for each job's folder: number, overrides, seed, and metrics where it finished; then the popularity floor.
 
-    The floor has a row for each data set, protocol and data fingerprint among the jobs.
+    The floor has a row for each data set, protocol, catalogue and data fingerprint among the jobs.
     """
     jobs = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
     rows, floors = [], {}
@@ -61,8 +61,9 @@ def sweep_rows(folder: Path) -> list[Row]:
             record = json.loads(metrics.read_text())
             results, identity = record["results"], record["identity"]
             row |= _metrics("val", results["val"]) | _metrics("test", results["test"])
-            floor = f"popularity on {identity['dataset']}, {identity['protocol']}, data {identity['interactions']}"
-            floors[floor] = {"job": "", "overrides": floor, "seed": "", **_metrics("test", results["popularity"])}
+            row["data"] = measured_on(identity)
+            floor = _metrics("test", results["popularity"])
+            floors[row["data"]] = {"job": "", "overrides": "popularity", "seed": "", **floor, "data": row["data"]}
         rows.append(row)
     return [*rows, *floors.values()]
 
@@ -74,14 +75,16 @@ def _metrics(split: str, groups: dict[str, dict[str, float]]) -> Row:
 def sweep_report(header: list[str], rows: list[Row]) -> str:
     """Every run as a row of test metrics, and below it mean and standard deviation over seeds where there are some."""
     names = [key for key in header if key.startswith("test/")]
-    columns = ["job", "overrides", "seed", *names]
+    data = list(dict.fromkeys(str(row["data"]) for row in rows if "data" in row))
+    # said once, below, where all jobs share it
+    columns = ["job", "overrides", "seed", *names, *(["data"] if len(data) > 1 else [])]
     runs = []
     for row in rows:
         absent = "" if any(name in row for name in names) else "failed"
         runs.append([_cell(row.get(key, absent)) for key in columns])
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if names and names[0] in row:
+        if names and names[0] in row and row["overrides"] != "popularity":
             groups.setdefault(str(row["overrides"]), []).append(row)
     means = [
         [overrides, str(len(group)), *(_spread([float(row[name]) for row in group]) for name in names)]
@@ -91,6 +94,8 @@ def sweep_report(header: list[str], rows: list[Row]) -> str:
     tables = [text_table(columns, runs)]
     if means:
         tables.append(text_table(["mean ± sd over seeds", "seeds", *names], means))
+    if len(data) == 1:
+        tables.append(f"All on {data[0]}.")
     return "\n\n".join(tables)
 
 

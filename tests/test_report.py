@@ -8,7 +8,13 @@ RESULTS = {
     "test": {"all": VALUES, "1-9": VALUES | {"users": 30}, "10+": VALUES | {"users": 70, "hr@10": 0.3}},
     "popularity": {"all": VALUES | {"hr@10": 0.1}, "1-9": VALUES | {"hr@10": 0.0}, "10+": VALUES},
 }
-IDENTITY = {"dataset": "movies", "protocol": "leave_one_out", "interactions": "abc", "item vectors": "f"}
+IDENTITY = {
+    "dataset": "movies",
+    "protocol": "leave_one_out",
+    "catalogue": "5 items 12ab",
+    "interactions": "abc",
+    "item vectors": "f",
+}
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:

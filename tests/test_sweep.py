@@ -20,7 +20,7 @@ def job(folder: Path, number: int, overrides: list[str], hit_rate: float | None)
     if hit_rate is not None:
         values = {"all": {"users": 9, "hr@10": hit_rate, "mrr": 0.5, "ties": 0.0}}
         floor = {"all": values["all"] | {"hr@10": 0.05}}
-        identity = {"dataset": "toy", "protocol": "leave_one_out", "interactions": "abc"}
+        identity = {"dataset": "toy", "protocol": "leave_one_out", "catalogue": "7 items", "interactions": "abc"}
         results = {"results": {"val": values, "test": values, "popularity": floor}, "identity": identity}
         (folder / str(number) / "metrics.json").write_text(json.dumps(results))
 
@@ -50,11 +50,16 @@ def test_a_failed_job_is_not_hidden(folder: Path) -> None:
 
 
 def test_the_popularity_floor_stands_below_the_jobs(folder: Path) -> None:
-    assert table(folder)[7] == ["", "popularity on toy, leave_one_out, data abc", "", "0.0500", "0.5000"]
+    assert table(folder)[7] == ["", "popularity", "", "0.0500", "0.5000"]
+
+
+def test_a_sweeps_table_says_what_it_was_measured_on(folder: Path) -> None:
+    last = (folder / "sweep.md").read_text().splitlines()[-1]
+    assert last == "All on toy, protocol leave_one_out, 7 items, data abc."
 
 
 def test_means_and_deviations_are_over_the_seeds_that_finished(folder: Path) -> None:
-    means = table(folder)[9:]
+    means = table(folder)[9:-2]
     assert means[0][0] == "mean ± sd over seeds"
     assert [row[:3] for row in means[2:]] == [["loss=nce", "3", "0.3000 ± 0.2646"]]
 

@@ -1,6 +1,7 @@
 """DataModule: what every other stage knows of a data set. SequenceDataModule: what data sets that are read from raw
 files share; one of them adds only how its files are read."""
 
+import inspect
 import logging
 import os
 import time
@@ -15,16 +16,16 @@ import lightning as L
 import numpy as np
 import polars as pl
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol
+from hllm.data import tables
 from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Array32, Array64, Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
 from hllm.data.splits import Rows, Splits, split, train_counts, train_rows
 from hllm.data.store import PreparedStore
+from hllm.disk import file_digest
 from hllm.errors import DataError
 from hllm.fetch import fetch_downloads, fetch_wheel
 
@@ -159,6 +160,8 @@ class SequenceDataModule(DataModule):
     "Published counts, checked after reading."
     published_filter = FilterConfig()
     "The filter under which they hold."
+    unkeyed: frozenset[str] = frozenset()
+    "Keys of the config that the prepared form does not depend on, though other data sets lack them."
     interactions: Interactions
     splits: Splits
 
@@ -200,18 +203,23 @@ class SequenceDataModule(DataModule):
         self.splits = split(interactions, self.config)
         self.train_counts = torch.from_numpy(train_counts(interactions, self.splits.train_ends, len(catalog)))
         log.info(
-            "%s: %d interactions, %d users, %d items; protocol %s; fingerprint %s; %s in %.1f s",
-            *(self.config.name, len(interactions), interactions.num_users, len(catalog)),
+            "%s: %d interactions, %d users, %s; protocol %s; fingerprint %s; %s in %.1f s",
+            *(self.config.name, len(interactions), interactions.num_users, catalog.fingerprint),
             *(self.config.protocol_name, interactions.fingerprint, "reused" if reused else "prepared"),
             time.perf_counter() - started,
         )
 
     def _rules(self) -> dict[str, Any]:
-        """Everything but the raw files that the prepared form depends on."""
-        own = {f.name for f in fields(self.config)} - {f.name for f in fields(DatasetConfig)}
+        """Everything but the raw files that the prepared form depends on, the code that makes it included."""
+        own = {f.name for f in fields(self.config)} - {f.name for f in fields(DatasetConfig)} - self.unkeyed
         chosen = _plain(self.config, sorted({*own, "_target_", "legacy_sort"}))
         rules = self.config.filter
-        return {**chosen, "filter": _plain(rules, vars(rules)), "by_appearance": self._by_appearance}
+        return {
+            **chosen,
+            "filter": _plain(rules, vars(rules)),
+            "by_appearance": self._by_appearance,
+            "code": [file_digest(Path(inspect.getfile(part))) for part in (prepare, PreparedStore, tables, type(self))],
+        }
 
     @property
     def _by_appearance(self) -> bool:
@@ -263,15 +271,44 @@ class SequenceDataModule(DataModule):
                 f"{self.config.name}: no user has {needs}, which {self.config.protocol_name} needs; give more events, "
                 "or choose another dataset.protocol"
             )
-        return self._loader(dataset, self._sampler(dataset, shuffle), batch_size)
+        rank, num_ranks = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self._loader(dataset, RowSampler(len(dataset), shuffle, rank, num_ranks), batch_size)
 
-    def _sampler(self, dataset: SequenceDataset, shuffle: bool) -> Sampler[int]:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-        if shuffle:
-            return DistributedSampler(dataset, shuffle=True, seed=torch.initial_seed() % 2**32)
-        # Lightning's own choice repeats rows to even out the ranks, which would count users twice
-        return UnrepeatedDistributedSampler(dataset, shuffle=False)
+
+class RowSampler(Sampler[int]):
+    """Row numbers of one process: in order, or shuffled anew each epoch.
+
+    In training each process gets as many rows as any other, else the one with more would wait for ever: up to
+    W - 1 rows of W processes are left out of an epoch, others each time. In evaluation every row has its turn once.
+    Memory is 8 bytes a row.
+    """
+
+    def __init__(self, num_rows: int, shuffle: bool, rank: int = 0, num_ranks: int = 1) -> None:
+        self.num_rows, self.shuffle, self.rank, self.num_ranks = num_rows, shuffle, rank, num_ranks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch begins; processes that draw apart must draw alike."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._end, self.num_ranks))
+
+    @property
+    def _end(self) -> int:
+        return self.num_rows - self.num_rows % self.num_ranks if self.shuffle else self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.rank, self._end, self.num_ranks))
+        # alone as torch's RandomSampler, whose order follows the global state that a resumed run restores
+        drawn = torch.empty((), dtype=torch.int64).random_() if self.num_ranks == 1 else None
+        seed = torch.initial_seed() + self.epoch if drawn is None else int(drawn.item())
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
+        parts = order[self.rank : self._end : self.num_ranks].split(1 << 16)
+        return (row for part in parts for row in part.tolist())
 
 
 def _plain(config: object, names: Iterable[str]) -> dict[str, Any]:

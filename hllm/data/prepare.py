@@ -75,12 +75,12 @@ class RawEvents:
                     kept = (checked["rating"] >= min_rating).to_numpy()
                     checked, rows = checked.filter(kept), rows[kept]
                 self.num_rows += len(checked)
-                known = len(self.item_ids)
-                # one select: Polars encodes the two columns on two cores
-                encoded = checked.select(user=self.user_ids.encode("user"), item=self.item_ids.encode("item"))
-                write_array(users, self.user_ids.codes(encoded["user"]))
-                codes = self.item_ids.codes(encoded["item"])
-                self.first_rows.append(rows[first_places(codes, known)])
+                # One select: Polars encodes the two columns on two cores. In one piece: it would encode the pieces of a
+                # column side by side, and codes would come by chance instead of by first appearance.
+                encoded = checked.rechunk().select(user=self.user_ids.encode("user"), item=self.item_ids.encode("item"))
+                write_array(users, self.user_ids.codes(encoded["user"])[0])
+                codes, first = self.item_ids.codes(encoded["item"])
+                self.first_rows.append(rows[first])
                 write_array(items, codes)
                 write_array(times, checked["timestamp"].to_numpy())
         if not self.num_read:
@@ -100,6 +100,11 @@ class RawEvents:
             place = slice(begin, begin + CHUNK_ROWS) if order is None else order[begin : begin + CHUNK_ROWS]
             users, items, times = (np.array(column[place]) for column in columns)
             yield users, items, times
+
+    def delete(self) -> None:
+        """Free the disk: the rows are elsewhere by now."""
+        for name, _ in _COLUMNS:
+            (self.folder / f"raw-{name}").unlink()
 
     def legacy_order(self) -> Array64:
         """All rows by time alone, sorted as pandas' default does: not stable, held in memory.
@@ -127,13 +132,16 @@ class Codes:
         """An expression that encodes a column of strings, for ``codes``."""
         return pl.col(column).cast(self.type)
 
-    def codes(self, encoded: pl.Series) -> Array32:
-        """(n,) encoded -> (n,) int32."""
+    def codes(self, encoded: pl.Series) -> tuple[Array32, Array64]:
+        """(n,) encoded -> (n,) int32, and the places at which new codes first occur."""
         codes = encoded.to_physical().to_numpy().astype(np.int32)
+        first = first_places(codes, self.size)
         if len(codes):
             self.anchor = encoded[:1]
-            self.size = max(self.size, int(codes.max()) + 1)
-        return codes
+            size = max(self.size, int(codes.max()) + 1)
+            assert len(first) == size - self.size, "codes are not by first appearance"
+            self.size = size
+        return codes, first
 
     def __len__(self) -> int:
         return self.size
@@ -191,6 +199,8 @@ def to_ids(values: pl.Series) -> pl.Series:
 
     Whole numbers that a file holds as floats lose their ".0".
     """
+    if values.dtype.is_integer():  # as they are: hashes take all 64 bits
+        return values.cast(pl.String)
     if values.dtype.is_numeric():
         return to_whole(values).cast(pl.String)
     if values.dtype == pl.String or isinstance(values.dtype, pl.Categorical | pl.Enum):
@@ -202,10 +212,18 @@ def to_whole(values: pl.Series) -> pl.Series:
     """Values as int64; null where one is not a whole number, or is a float too large to tell it from its neighbours."""
     numbers = _cast(values, pl.Int64)
     if values.dtype.is_float() or values.dtype.is_decimal():
-        exact = 2**24 if values.dtype == pl.Float32 else 2**53
-        whole = (numbers == values) & ((numbers.abs() <= exact) | values.dtype.is_decimal())
+        whole = (numbers == values) & ~is_rounded(values)
         numbers = pl.select(pl.when(whole).then(numbers)).to_series().alias(values.name)
     return numbers
+
+
+_EXACT_BITS = ((pl.Float16, 11), (pl.Float32, 24), (pl.Float64, 53))
+
+
+def is_rounded(values: pl.Series) -> pl.Series:
+    """Where a float stands for several whole numbers: it was perhaps rounded. False for other types and for NaN."""
+    bits = next((bits for kind, bits in _EXACT_BITS if values.dtype == kind), None)
+    return pl.repeat(False, len(values), eager=True) if bits is None else values.is_finite() & (values.abs() >= 2**bits)
 
 
 def _cast(values: pl.Series, kind: type[pl.Int64 | pl.Float64]) -> pl.Series:
@@ -314,6 +332,7 @@ def sort_events(
     # users whose blocks are sorted together: neighbours with about BLOCK_ROWS events
     block_of_user = (offsets[:-1] // BLOCK_ROWS).astype(np.uint16)
     blocks = _deal(raw, numbering, order, block_of_user, folder)
+    raw.delete()
     dropped = 0
     with (folder / "sorted-items").open("wb") as items_file, (folder / "sorted-times").open("wb") as times_file:
         for path in blocks:
@@ -386,20 +405,43 @@ def core(items: Array32, offsets: Array64, num_items: int, rules: FilterConfig) 
     Counted once, as ByteDance's process_books.py: events go whose item or whose user has too few in the raw file, then
     those of users who have too few left. With ``iterated``, until nothing changes: the k-core.
     """
-    if rules.min_user_events <= 1 and rules.min_item_events <= 1:
+    if not has_core(rules):
         return None
-    users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    lengths = np.diff(offsets)
     kept = np.ones(len(items), dtype=np.bool_)
     while True:
         before = int(kept.sum())
-        user_counts = np.bincount(users[kept], minlength=len(offsets) - 1)
-        item_counts = np.bincount(items[kept], minlength=num_items + 1)
-        kept &= (user_counts[users] >= rules.min_user_events) & (item_counts[items] >= rules.min_item_events)
+        enough = count_items(items, kept, num_items) >= rules.min_item_events
+        kept &= np.repeat(count_users(kept, offsets) >= rules.min_user_events, lengths)
+        for part in _parts(len(items)):
+            kept[part] &= enough[items[part]]
         if not rules.iterated:
-            user_counts = np.bincount(users[kept], minlength=len(offsets) - 1)
-            return kept & (user_counts[users] >= rules.min_user_events)
+            return kept & np.repeat(count_users(kept, offsets) >= rules.min_user_events, lengths)
         if int(kept.sum()) == before:
             return kept
+
+
+def has_core(rules: FilterConfig) -> bool:
+    return rules.min_user_events > 1 or rules.min_item_events > 1
+
+
+def count_items(items: Array32, kept: npt.NDArray[np.bool_] | None, num_items: int) -> Array64:
+    """(I + 1,) events of each item among those kept; None: all."""
+    counts = np.zeros(num_items + 1, np.int64)
+    for part in _parts(len(items)):  # bincount makes a wider copy of what it counts
+        counts += np.bincount(items[part] if kept is None else items[part][kept[part]], minlength=num_items + 1)
+    return counts
+
+
+def count_users(kept: npt.NDArray[np.bool_], offsets: Array64) -> Array64:
+    """(U,) events of each user among those kept."""
+    counts: Array64 = np.add.reduceat(np.append(kept, False), offsets[:-1], dtype=np.int64)
+    counts[np.diff(offsets) == 0] = 0  # reduceat gives the next one's first value
+    return counts
+
+
+def _parts(length: int) -> Iterator[slice]:
+    return (slice(begin, begin + CHUNK_ROWS) for begin in range(0, length, CHUNK_ROWS))
 
 
 Prepared = tuple[Array64, pl.Series, Catalog]
@@ -431,17 +473,17 @@ def prepare(
     Raises:
         DataError: unknown items, or nothing left.
     """
+    if legacy_sort and has_core(rules):
+        raise DataError(
+            "dataset.legacy_sort: papers that sort so filtered their file before, and other rows have other ties; use "
+            "the filtered file with dataset.filter.min_user_events=0 dataset.filter.min_item_events=0"
+        )
     items, catalog = number_items(raw, catalog, rules.unknown_items, items_file)
     numbering = Numbering(*number_users(raw.user_ids.ids(), by_appearance), items)
     offsets = sort_events(raw, numbering, rules.drop_duplicates, legacy_sort, folder)
     sorted_items = np.memmap(folder / "sorted-items", np.int32, mode="r", shape=(int(offsets[-1]),))
     kept = core(sorted_items, offsets, len(catalog), rules)
-    counts = np.zeros(len(catalog) + 1, np.int64)
-    for begin in range(0, len(sorted_items), CHUNK_ROWS):
-        part = slice(begin, begin + CHUNK_ROWS)
-        counts += np.bincount(
-            sorted_items[part] if kept is None else sorted_items[part][kept[part]], minlength=len(counts)
-        )
+    counts = count_items(sorted_items, kept, len(catalog))
     if not counts.sum():
         raise DataError(
             f"{raw.source}: nothing is left of {offsets[-1]} events under dataset.filter.min_user_events="
@@ -455,15 +497,11 @@ def prepare(
     number[ranked + 1] = np.arange(1, len(ranked) + 1, dtype=np.int32)
     sorted_times = np.memmap(folder / "sorted-times", np.int64, mode="r", shape=(int(offsets[-1]),))
     with (folder / "items").open("wb") as items_out, (folder / "timestamps").open("wb") as times_out:
-        for begin in range(0, len(sorted_items), CHUNK_ROWS):
-            part = slice(begin, begin + CHUNK_ROWS)
+        for part in _parts(len(sorted_items)):
             stay = slice(None) if kept is None else kept[part]
             write_array(items_out, number[sorted_items[part][stay]])
             write_array(times_out, sorted_times[part][stay])
-    lengths = np.diff(offsets)
-    if kept is not None:
-        lengths = np.add.reduceat(np.append(kept, False), np.minimum(offsets[:-1], len(kept)), dtype=np.int64)
-        lengths[np.diff(offsets) == 0] = 0
+    lengths = np.diff(offsets) if kept is None else count_users(kept, offsets)
     users = numbering.user_ids.filter(pl.Series(lengths > 0))
     fields = {name: values[ranked] for name, values in catalog.fields.items()}
     return np.concatenate([[0], np.cumsum(lengths[lengths > 0])]), users, Catalog(catalog.ids[ranked], fields)

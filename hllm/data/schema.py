@@ -74,6 +74,14 @@ class Catalog:
         return len(self.ids)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Number of items and hex digest of their original ids in order: what is ranked, and which item is which."""
+        digest = hashlib.sha256()
+        for part in self.ids.to_frame("id").iter_slices(1 << 16):
+            digest.update("\0".join(part["id"]).encode() + b"\0")
+        return f"{len(self)} items {digest.hexdigest()[:8]}"
+
+    @cached_property
     def titles(self) -> list[str]:
         """What to show a person for each item: its title, else its name (in any case), or its id where it has none."""
         by_name = {name.casefold(): values for name, values in self.fields.items()}

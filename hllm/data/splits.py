@@ -118,7 +118,8 @@ def _user_split(interactions: Interactions, config: SplitConfig, max_history: in
 
 def temporal_cuts(interactions: Interactions, config: SplitConfig) -> tuple[int, int]:
     """The moments, in seconds, at which validation and test begin."""
-    places = (np.cumsum(config.fractions[:2]) * len(interactions)).astype(np.int64).clip(max=len(interactions) - 1)
+    # 0.6 + 0.3 is a little less than 0.9
+    places = (np.cumsum(config.fractions[:2]) * len(interactions) + 1e-6).astype(np.int64)
     ordered = np.partition(interactions.timestamps, places)
     return int(ordered[places[0]]), int(ordered[places[1]])
 

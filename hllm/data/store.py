@@ -1,9 +1,10 @@
 """PreparedStore: a data set's encoded, sorted and filtered form on disk, made once and memory-mapped by every run.
 
 ``prepared/<key>/`` holds ``items`` (int32), ``timestamps`` (int64) and ``offsets`` (int64) as plain little-endian
-arrays, ``users.arrow`` and ``catalog.arrow``, and ``manifest.json`` with what they are made from, their lengths and
-digests. The key is a digest of the raw files' content and of every rule that was applied. The folder appears whole, by
-one rename: a killed run leaves only a temporary one, which the next sweeps. A lock lets one run work while others wait.
+arrays, ``users.arrow``, ``ids.arrow`` and ``texts.arrow``, and ``manifest.json`` with what they are made from, their
+lengths and digests. The key is a digest of the raw files' content, of every rule that was applied and of the code that
+applied them. The folder appears whole, by one rename: a killed run leaves only a temporary one, which the next sweeps.
+A lock lets one run work while others wait.
 """
 
 import hashlib
@@ -26,9 +27,8 @@ from hllm.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
-"Of the files and of the rules that make them; part of the key."
 ARRAYS = {"items": np.int32, "timestamps": np.int64, "offsets": np.int64}
+TABLES = ("users.arrow", "ids.arrow", "texts.arrow")
 
 Build = Callable[[Path], Prepared]
 "Writes the files items and timestamps into a folder; returns the rest."
@@ -44,7 +44,7 @@ class PreparedStore:
     """
 
     def __init__(self, cache_dir: Path, files: Sequence[Path], rules: dict[str, Any]) -> None:
-        self.parts = {"layout": LAYOUT, "files": file_digests(files, cache_dir), "rules": rules}
+        self.parts = {"files": file_digests(files, cache_dir), "rules": rules}
         self.key = hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:20]
         self.folder = cache_dir / "prepared" / self.key
 
@@ -52,7 +52,7 @@ class PreparedStore:
         """The data, mapped read-only, and whether it was there already; ``build`` makes it where it was not.
 
         Raises:
-            CacheError: the disk is full or the folder cannot be written.
+            CacheError: the disk is full, or the folder cannot be written or read.
         """
         found = self._load()
         if found is not None:
@@ -70,7 +70,6 @@ class PreparedStore:
     def _build(self, build: Build) -> None:
         """Make everything beside the folder, then rename. Call under the lock: it sweeps what a killed run left."""
         with writing(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
             for stale in self.folder.parent.glob(f"{TEMPORARY}{self.key}-*"):
                 shutil.rmtree(stale)
             with tempfile.TemporaryDirectory(
@@ -84,18 +83,21 @@ class PreparedStore:
                     (work / name).rename(result / name)
                 with (result / "offsets").open("wb") as file:
                     write_array(file, offsets.astype(np.int64, copy=False))
-                pl.DataFrame({"user": users}).write_ipc(result / "users.arrow")
-                pl.DataFrame({"id": catalog.ids, **catalog.fields}).write_ipc(result / "catalog.arrow")
+                tables = pl.DataFrame({"user": users}), pl.DataFrame({"id": catalog.ids}), pl.DataFrame(catalog.fields)
+                for name, table in zip(TABLES, tables, strict=True):
+                    table.write_ipc(result / name)
                 interactions = self._interactions(result, users)
                 assert len(interactions.items) == len(interactions.timestamps) == offsets[-1]
                 manifest = {
                     "parts": self.parts,
                     "lengths": {name: len(getattr(interactions, name)) for name in ARRAYS},
                     "fingerprint": interactions.fingerprint,
-                    "digests": {name: file_digest(result / name) for name in ("users.arrow", "catalog.arrow")},
+                    "digests": {name: file_digest(result / name) for name in TABLES},
                 }
                 (result / "manifest.json").write_text(json.dumps(manifest, indent=2))
                 sync_tree(result)
+                if self.folder.exists():  # what could not be used goes only now that there is better
+                    self.folder.rename(Path(scratch) / "unusable")
                 result.rename(self.folder)
 
     def _interactions(self, folder: Path, users: pl.Series) -> Interactions:
@@ -106,21 +108,30 @@ class PreparedStore:
         return Interactions(**arrays, users=users)
 
     def _load(self) -> tuple[Interactions, Catalog] | None:
-        """What is there, verified; None, with the reason in the log, where anything is missing or wrong."""
+        """What is there, verified; None, with the reason in the log, where anything is missing or wrong.
+
+        Raises:
+            CacheError: the folder is there but cannot be read.
+        """
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text())
             for name, digest in manifest["digests"].items():
                 if file_digest(self.folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
-            users = pl.read_ipc(self.folder / "users.arrow")["user"]
-            table = pl.read_ipc(self.folder / "catalog.arrow")
-            interactions = self._interactions(self.folder, users)
+            users, ids, texts = (_read_table(self.folder / name) for name in TABLES)
+            interactions = self._interactions(self.folder, users["user"])
             if interactions.fingerprint != manifest["fingerprint"]:
                 raise ValueError("the events are not what was written")
+            return interactions, Catalog(ids["id"], texts.to_dict())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+        except OSError as error:  # a failing disk or missing rights say nothing of the content
+            raise CacheError(f"cannot read {error.filename or self.folder}: {error.strerror or error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
             log.warning("%s: torn or altered (%s); preparing it anew", self.folder, error)
             return None
-        fields = {name: table[name] for name in table.columns if name != "id"}
-        return interactions, Catalog(table["id"], fields)
+
+
+def _read_table(path: Path) -> pl.DataFrame:
+    with path.open("rb") as file:  # a name would be taken for a pattern where it holds brackets
+        return pl.read_ipc(file)

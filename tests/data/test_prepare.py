@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hllm.config import CatalogItems, FilterConfig, UnknownItems
 from hllm.data import prepare as module
-from hllm.data.prepare import RawEvents, first_places, prepare
+from hllm.data.prepare import RawEvents, first_places, has_core, prepare
 from hllm.data.schema import Catalog, Interactions
 from hllm.errors import DataError
 
@@ -162,6 +162,8 @@ def test_chunks_do_not_matter(
 ) -> None:
     if not plain(events, rules):
         return
+    legacy_sort &= max(rules.min_user_events, rules.min_item_events) <= 1
+    legacy_sort = legacy_sort and not has_core(rules)  # which is refused
     bounds = [0, *sorted(cuts), len(events)]
     chunks = [table(events[begin:end]) for begin, end in pairwise(bounds)]
     (data, catalog), (again, same) = (run(c, rules, by_appearance, legacy_sort) for c in ([table(events)], chunks))
@@ -204,6 +206,28 @@ def test_the_legacy_sort_differs_from_the_stable_one_where_times_are_tied() -> N
     stable, legacy = run(events), run(events, legacy_sort=True)
     assert (stable[0].timestamps == legacy[0].timestamps).all()
     assert (stable[0].items != legacy[0].items).any()
+
+
+def test_the_legacy_sort_is_refused_under_a_filter_that_changes_its_ties() -> None:
+    with pytest.raises(DataError, match=r"dataset\.legacy_sort: .*min_user_events=0"):
+        run([table([Event("u", "a", 1)])], FilterConfig(min_user_events=2), legacy_sort=True)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 7])
+def test_columns_in_many_pieces_are_numbered_as_in_one(num_chunks: int) -> None:
+    items = [f"item {n * 7919 % 5000}" for n in range(20_000)]
+    pieces = [
+        pl.DataFrame({"user": piece, "item": piece, "timestamp": 0}) for piece in np.array_split(items, num_chunks)
+    ]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_ROWS", 1 << 22)
+        raw = RawEvents(Path(folder), Path("events.csv"), first_row=2)
+        raw.fill([pl.concat(pieces, rechunk=False)], None)
+        first = list(dict.fromkeys(items))
+        assert raw.item_ids.ids().to_list() == first
+        ((users, codes, _),) = raw.chunks()
+    assert (users == codes).all()
+    assert codes.tolist() == [first.index(item) for item in items[:5000]] * 4
 
 
 def test_histories_are_sorted_by_user_and_time_and_ties_keep_the_order_of_the_file() -> None:
@@ -332,3 +356,23 @@ def test_the_fingerprint_follows_events_and_their_order() -> None:
     prints = [run([table(rows)])[0].fingerprint for rows in (events, list(events), swapped, moved)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_codes_are_by_first_appearance_in_columns_of_many_pieces(tmp_path: Path) -> None:
+    """As every reader yields them: Polars would encode the pieces side by side, in an order of chance."""
+    ids = np.random.default_rng(0).integers(0, 60_000, 400_000)
+    whole = pl.DataFrame({"user": ids, "item": ids, "timestamp": ids}).cast({"user": pl.String, "item": pl.String})
+    pieces = pl.concat([whole[begin : begin + 16_000] for begin in range(0, len(whole), 16_000)], rechunk=False)
+    assert pieces.n_chunks() == 25
+    raw = RawEvents(tmp_path, tmp_path / "events.csv", 2)
+    raw.fill([pieces], None)
+    expected = whole["item"].unique(maintain_order=True)
+    assert raw.item_ids.ids().equals(expected)
+    assert raw.user_ids.ids().equals(expected)
+    late = int(np.flatnonzero(ids == int(expected[-1]))[0])
+    assert raw.row_of_item(len(expected) - 1) == late + 2
+
+
+def test_the_legacy_sort_is_refused_where_rows_would_be_filtered_after_it() -> None:
+    with pytest.raises(DataError, match=r"dataset.legacy_sort: .* use the filtered file"):
+        run([table([Event("u", "a", 1, 1.0)])], FilterConfig(min_user_events=2), legacy_sort=True)

@@ -145,13 +145,14 @@ def test_the_seed_alone_says_who_is_tested() -> None:
     assert first.tolist() != other.tolist()
 
 
-@given(HISTORIES, st.sampled_from(TemporalTarget), st.sampled_from([[0.4, 0.3, 0.3], [0.8, 0.1, 0.1]]))
+@given(HISTORIES, st.sampled_from(TemporalTarget), st.sampled_from([[0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.6, 0.3, 0.1]]))
 @quickly
 def test_temporal_equals_a_loop(data: Interactions, target: TemporalTarget, fractions: list[float]) -> None:
     config = dataset(Protocol.temporal, fractions=fractions, target=target)
     splits, times = split(data, config), data.timestamps.tolist()
     ordered = sorted(times)
-    cuts = [ordered[int(share * len(times))] for share in np.cumsum(fractions[:2])]
+    tenths = [round(10 * share) for share in fractions]  # exactly: 0.6 + 0.3 is a little less than 0.9
+    cuts = [ordered[min(round(sum(tenths[:part]) * len(times) / 10), len(times) - 1)] for part in (1, 2)]
     assert list(temporal_cuts(data, config.split)) == cuts
     every = [own_events(data, user) for user in range(data.num_users)]
     assert trained(data, splits) == [[e for e in own if times[e] < cuts[0]] for own in every]
@@ -166,9 +167,9 @@ def test_temporal_equals_a_loop(data: Interactions, target: TemporalTarget, frac
 
 
 def test_events_at_the_moment_of_a_cut_come_after_it_all_of_them() -> None:
-    data = histories([0, 1, 5, 5, 9], [2, 5, 5, 8], [3, 5])  # ten events before 9; the sixth falls on 5
-    splits = split(data, dataset(Protocol.temporal, fractions=[0.5, 0.4, 0.1], target=TemporalTarget.successive))
-    assert temporal_cuts(data, SplitConfig(fractions=[0.5, 0.4, 0.1])) == (5, 8)
+    data = histories([0, 1, 5, 5, 9], [2, 5, 5, 8], [3, 5])  # eleven events; five of them, also the sixth, fall on 5
+    splits = split(data, dataset(Protocol.temporal, fractions=[0.5, 0.32, 0.18], target=TemporalTarget.successive))
+    assert temporal_cuts(data, SplitConfig(fractions=[0.5, 0.32, 0.18])) == (5, 8)
     assert trained(data, splits) == [[0, 1], [5], [9]]
     assert sorted(targets(splits.validation)) == [2, 3, 6, 7, 10]
     assert sorted(targets(splits.test)) == [4, 8]
