@@ -118,8 +118,9 @@ def _user_split(interactions: Interactions, config: SplitConfig, max_history: in
 
 def temporal_cuts(interactions: Interactions, config: SplitConfig) -> tuple[int, int]:
     """The moments, in seconds, at which validation and test begin."""
-    # 0.6 + 0.3 is a little less than 0.9
+    # rounded down, and 0.6 + 0.3 is a little less than 0.9
     places = (np.cumsum(config.fractions[:2]) * len(interactions) + 1e-6).astype(np.int64)
+    places = places.clip(max=len(interactions) - 1)
     ordered = np.partition(interactions.timestamps, places)
     return int(ordered[places[0]]), int(ordered[places[1]])
 

@@ -152,7 +152,7 @@ def test_temporal_equals_a_loop(data: Interactions, target: TemporalTarget, frac
     splits, times = split(data, config), data.timestamps.tolist()
     ordered = sorted(times)
     tenths = [round(10 * share) for share in fractions]  # exactly: 0.6 + 0.3 is a little less than 0.9
-    cuts = [ordered[min(round(sum(tenths[:part]) * len(times) / 10), len(times) - 1)] for part in (1, 2)]
+    cuts = [ordered[sum(tenths[:part]) * len(times) // 10] for part in (1, 2)]
     assert list(temporal_cuts(data, config.split)) == cuts
     every = [own_events(data, user) for user in range(data.num_users)]
     assert trained(data, splits) == [[e for e in own if times[e] < cuts[0]] for own in every]
