@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig
-from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.base import Counts, RawFiles, RowSampler, SequenceDataModule
 from hllm.data.schema import Batch, Catalog
 from hllm.errors import DataError
 
@@ -161,3 +161,26 @@ def test_other_counts_than_published_are_refused(make: Callable[..., Made], monk
 def test_a_batch_moves_to_a_device_with_all_its_parts(data: Made) -> None:
     moved = next(iter(data.test_dataloader())).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("num_rows", "num_ranks"), [(10, 1), (10, 3), (9, 3), (2, 3)])
+def test_processes_share_the_rows_of_an_epoch(num_rows: int, num_ranks: int) -> None:
+    trained, evaluated = (
+        [list(RowSampler(num_rows, shuffle, rank, num_ranks)) for rank in range(num_ranks)] for shuffle in (True, False)
+    )
+    assert len(set(map(len, trained))) == 1  # none waits for another
+    rows = [row for own in trained for row in own]
+    assert len(set(rows)) == len(rows) == num_rows - num_rows % num_ranks
+    assert sorted(row for own in evaluated for row in own) == list(range(num_rows))
+    lengths = [len(RowSampler(num_rows, False, rank, num_ranks)) for rank in range(num_ranks)]
+    assert lengths == [len(own) for own in evaluated]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_each_epoch_is_shuffled_anew(num_ranks: int) -> None:
+    sampler = RowSampler(50, True, 0, num_ranks)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert epochs[0] != epochs[1]
