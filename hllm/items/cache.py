@@ -20,7 +20,7 @@ from hllm.items.backbone import Backbone, choose_device, choose_dtype, has_fast_
 from hllm.items.encoder import Encoder
 from hllm.items.files import LLMFiles, locate, weights_digest
 from hllm.items.fusion import field_weights, fuse
-from hllm.items.selection import select_texts
+from hllm.items.selection import select_texts, selection_identity
 from hllm.items.store import EmbeddingStore, ItemTable, texts_digest
 from hllm.items.text import TextParts, log_empty, text_parts
 
@@ -130,12 +130,12 @@ def _embed(job: _Job, parts: TextParts, corpus: TextParts | None) -> ItemTable:
 def _parts(job: _Job, parts: TextParts, corpus: TextParts | None) -> dict[str, Any]:
     """Everything that the vectors depend on. Prompt, template and cleaning are in through the texts.
 
-    ``selection`` and its corpus only stand here where one is made: it takes the tokenizer, so the whole texts are
-    what is digested. A table without selection keeps the fingerprint that it had before there was any.
+    The selection only stands here where one is made, by what it is made from: making it takes the tokenizer. A table
+    without one keeps the fingerprint that it had before there was any.
     """
     llm = job.llm
     device = choose_device(llm.device)
-    made_from = {
+    made_from: dict[str, Any] = {
         "texts": texts_digest(job.ids, parts.texts()),
         "llm": Path(job.files.name).name,  # a local folder may move
         "revision": llm.revision,
@@ -145,9 +145,7 @@ def _parts(job: _Job, parts: TextParts, corpus: TextParts | None) -> dict[str, A
         "dtype": str(choose_dtype(llm.dtype, device, has_fast_bfloat16(device))),
     }
     if job.selection is not Selection.head:
-        made_from["selection"] = job.selection.value
-        if corpus is not None:
-            made_from["corpus"] = texts_digest([""] * len(corpus), corpus.texts())
+        made_from["selection"] = selection_identity(parts, corpus, job.selection)
     return made_from
 
 

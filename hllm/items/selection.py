@@ -5,6 +5,9 @@ words do, each once. Only long texts are touched. Costs: one BM25 index of the c
 none when they are read back.
 """
 
+import hashlib
+import importlib.metadata
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from hllm.errors import ConfigError
 from hllm.items.encoder import token_ids, token_lengths
 from hllm.items.text import TextParts
 
+VERSION = 1
+"Of the rules in this file, part of the fingerprint: raise it with any change after which other pieces are kept."
 CHUNK = 512
 "Long texts worked on at a time: their tokens' positions are Python tuples, a hundred bytes each."
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -91,6 +96,28 @@ def select_texts(
         for row, text in zip(chunk, chosen, strict=True):
             texts[row] = text
     return texts
+
+
+def selection_identity(parts: TextParts, corpus: TextParts | None, selection: Selection) -> dict[str, Any]:
+    """What decides, beside the whole texts and the tokenizer, which of their pieces are kept; for the fingerprint.
+
+    Two templates may give equal texts with other borders between the fields, of which other pieces are kept.
+    """
+    return {
+        "name": selection.value,
+        "rules": VERSION,
+        "bm25s": importlib.metadata.version("bm25s"),
+        "parts": _digest(parts),
+        "corpus": None if corpus is None else _digest(corpus),
+    }
+
+
+def _digest(parts: TextParts) -> str:
+    """Hex sha256 over prompt, template and values; each is quoted, so that no two run together."""
+    digest = hashlib.sha256(json.dumps([parts.prompt, parts.segments]).encode())
+    for values in zip(*parts.columns, strict=True):
+        digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
 
 
 def _documents(parts: TextParts) -> list[str]:

@@ -1,5 +1,6 @@
 """Fields embedded apart and joined; what a table's fingerprint is made of."""
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hllm.config import Fusion, LLMConfig, Selection, TextConfig
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
-from hllm.items import cache
+from hllm.items import cache, selection
 from hllm.items.cache import embed_catalog
 from hllm.items.fusion import fuse_vectors
 from hllm.items.store import ItemTable, fingerprint
@@ -130,8 +131,37 @@ def test_a_table_without_selection_keeps_the_fingerprint_it_had_before(
     assert list(seen[0]) == ["texts", "llm", "revision", "weights", "pooling", "max_tokens", "dtype"]
     assert table.fingerprint == fingerprint({"layout": 1} | seen[0])
     embed(selection=Selection.bm25_words)
-    embed(selection=Selection.bm25_words, corpus=movies)
-    assert [part.keys() - seen[0].keys() for part in seen[1:]] == [{"selection"}, {"selection", "corpus"}]
+    assert seen[1].keys() - seen[0].keys() == {"selection"}
+
+
+def test_all_that_a_selection_is_made_by_moves_the_fingerprint(
+    embed: Embed, movies: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"selection": Selection.bm25_words}
+    tables = [
+        embed(**words),
+        embed(corpus=movies, **words),
+        embed(corpus=Catalog(movies.ids[:3], {name: values[:3] for name, values in movies.fields.items()}), **words),
+    ]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "bm25s" else version(name))
+    tables.append(embed(**words))
+    monkeypatch.setattr(selection, "VERSION", 0)
+    tables.append(embed(**words))
+    assert len({table.fingerprint for table in tables}) == 5
+
+
+def test_equal_texts_with_other_borders_between_the_fields_are_selected_apart(embed: Embed) -> None:
+    # of the first field all is kept: whether word2 belongs to it decides what the model reads
+    catalogs = [
+        Catalog(["1"], {"title": title, "genres": genres})
+        for title, genres in ((["word1"], ["word2 word3"]), (["word1 word2"], ["word3"]))
+    ]
+    plain, selected = (
+        {embed(catalog, template="{title} {genres}", selection=choice).fingerprint for catalog in catalogs}
+        for choice in (Selection.head, Selection.bm25_words)
+    )
+    assert (len(plain), len(selected)) == (1, 2)
 
 
 def test_selection_moves_the_vectors_of_long_texts_only(
@@ -140,8 +170,8 @@ def test_selection_moves_the_vectors_of_long_texts_only(
     llm = llm_config(tiny_llama, max_tokens=15)
     turned = replace(text, template="genres: {genres} title: {title}")
     head, words = (
-        embed_catalog(movies, replace(turned, selection=selection), llm, tmp_path).vectors
-        for selection in (Selection.head, Selection.bm25_words)
+        embed_catalog(movies, replace(turned, selection=choice), llm, tmp_path).vectors
+        for choice in (Selection.head, Selection.bm25_words)
     )
     # prompt and literals are 8 tokens, the genre 1: titles of more than 6 words are cut
     long = torch.tensor([len(title.split()) > 6 for title in movies.fields["title"]])
