@@ -121,7 +121,12 @@ def test_two_processes_at_once_fetch_once(wheel: WheelConfig, tmp_path: Path) ->
         f"{wheel.files!r}), Path({str(tmp_path / 'cache')!r}))"
     )
     runs = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    logs = [run.communicate(timeout=60)[1] for run in runs]
+    try:
+        logs = [run.communicate(timeout=60)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
     assert [run.returncode for run in runs] == [0, 0], logs
     assert sum(log.count("fetching tiny-data==1.0\n") for log in logs) == 1, logs
 

@@ -40,6 +40,8 @@ STRIPS = 16
 "Runs of neighbouring users that make up a shard."
 CHECKED_USERS = 1 << 22
 "Users looked for in more than one shard; of more users, a sample this large."
+LAYOUT = 2
+"Of the manifest."
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,19 @@ class Manifest:
     """What a folder of histories was found to be.
 
     Args:
+        catalog: fingerprint of the item ids.
+        fingerprint: of the item ids and of all shards' events.
         made_from: the data set it was written from; None where another program wrote it.
     """
 
     num_items: int
     num_users: int
     num_events: int
+    catalog: str
     fingerprint: str
     made_from: dict[str, Any] | None
     shards: Sequence[Shard]
-    layout: int = 1
+    layout: int = LAYOUT
 
 
 class ShardFolder:
@@ -107,6 +112,8 @@ class ShardFolder:
         manifest = self.manifest
         if manifest.num_items != len(self.catalog):
             raise self._differs("catalog.parquet", f"{len(self.catalog)} items, not {manifest.num_items}")
+        if manifest.catalog != self.catalog.fingerprint:
+            raise self._differs("catalog.parquet", "other items, or in another order")
         expected = {shard.name: shard.num_bytes for shard in manifest.shards}
         found = {path.name: path.stat().st_size for path in history_files(self.folder)}
         for name in sorted({*expected, *found}):
@@ -137,25 +144,35 @@ class ShardFolder:
     def user_ids(self, numbers: Array64) -> pl.Series:
         """(n,) ids of (n,) user numbers, in any order."""
         shards = np.searchsorted(self.first_users, numbers, side="right") - 1
-        ids = np.empty(len(numbers), dtype=object)
+        order = np.argsort(shards, kind="stable")
+        found = [pl.Series("user", [], pl.String)]
         for shard in np.unique(shards):
-            wanted = shards == shard
-            users = to_ids(pl.read_parquet(self.paths[shard], columns=["user"], glob=False)["user"])
-            ids[wanted] = users[numbers[wanted] - self.first_users[shard]].to_list()
-        return pl.Series("user", ids.tolist(), dtype=pl.String)
+            found.append(self._shard_user_ids(shard)[numbers[shards == shard] - self.first_users[shard]])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pl.concat(found)[back]
+
+    def _shard_user_ids(self, number: int) -> pl.Series:
+        return to_ids(_read(self.paths[number], ["user"])["user"])
 
     def history(self, user: str) -> tuple[Array32, Array64] | None:
         """Item ids and times of one user, by id; None where no shard has it."""
-        for path in self.paths:
-            found = pl.scan_parquet(path, glob=False).filter(pl.col("user").cast(pl.String) == user).collect()
-            if len(found):
+        for number, path in enumerate(self.paths):
+            rows = (self._shard_user_ids(number) == user).arg_true()
+            if len(rows):
+                found = pl.scan_parquet(path, glob=False).select("items", "timestamps").slice(rows[0], 1).collect()
                 return found["items"][0].to_numpy().astype(np.int32), found["timestamps"][0].to_numpy().astype(np.int64)
         return None
 
 
+def _read(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    # without glob=False, Polars takes a [ in the name for a pattern
+    return pl.read_parquet(path, columns=list(columns) if columns else None, glob=False)
+
+
 def _read_catalog(path: Path) -> Catalog:
     try:
-        return to_catalog(pl.read_parquet(path), "id", path, first_row=1)
+        return to_catalog(_read(path), "id", path, first_row=1)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise _torn(path, error) from error
 
@@ -176,14 +193,14 @@ def read_shard(path: Path, num_items: int) -> Interactions:
         DataError: names the file, and the row and user of the first history that is not as it must be.
     """
     try:
-        schema = pl.read_parquet_schema(path)
+        schema = pl.scan_parquet(path, glob=False).collect_schema()
         check_header(path, COLUMNS, list(schema))
         for name in COLUMNS:
             kind = schema[name] if name == "user" else getattr(schema[name], "inner", pl.Null())
             if not (kind.is_integer() or (name == "user" and kind == pl.String)):
                 expected = "text or whole numbers" if name == "user" else "lists of whole numbers"
                 raise DataError(f"{path}: column {name!r} is {schema[name]}, expected {expected}")
-        table = pl.read_parquet(path, columns=list(COLUMNS), glob=False)
+        table = _read(path, COLUMNS)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise _torn(path, error) from error
     if table.is_empty():
@@ -265,7 +282,8 @@ def survey(
         )
     manifest = Manifest(
         *(len(catalog), sum(shard.num_users for shard in shards), sum(shard.num_events for shard in shards)),
-        *(_digest(*(shard.fingerprint for shard in shards)), made_from, shards),
+        *(catalog.fingerprint, _digest(catalog.fingerprint, *(shard.fingerprint for shard in shards))),
+        *(made_from, shards),
     )
     try:
         _write(folder / "train_counts.parquet", pl.DataFrame({"count": counts}))
@@ -288,10 +306,12 @@ def _load_manifest(folder: Path) -> tuple[Manifest, npt.NDArray[np.int64]] | Non
         return None
     try:
         content = json.loads(path.read_text())
+        if content["layout"] != LAYOUT:
+            raise ValueError(f"layout {content['layout']}, not {LAYOUT}")
         manifest = Manifest(**{**content, "shards": [Shard(**shard) for shard in content["shards"]]})
-        counts = pl.read_parquet(folder / "train_counts.parquet")["count"].to_numpy()
-        if manifest.layout != 1 or len(counts) != manifest.num_items + 1:
-            raise ValueError("of another layout, or the counts are of another catalogue")
+        counts = _read(folder / "train_counts.parquet")["count"].to_numpy()
+        if len(counts) != manifest.num_items + 1:
+            raise ValueError("the counts are of another catalogue")
     except (OSError, ValueError, LookupError, TypeError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: torn or altered ({error}); delete it, and the next run makes it again") from error
     return manifest, counts
@@ -310,8 +330,14 @@ def write_shards(
 
     Raises:
         ConfigError: there is something in the folder, or there are more shards than users for them.
+        DataError: a text field is called ``id``, the name of the item ids in the folder.
         CacheError: the disk is full or the folder cannot be written.
     """
+    if "id" in catalog.fields:
+        raise DataError(
+            f"out={folder}: the items have a text field 'id', and in catalog.parquet that is the item ids. Rename the "
+            "column in the items file, or leave it out (dataset.text_fields= of dataset=custom)"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"out={folder}: is there already, and not an empty folder; give a new one, or remove it")
     first = interactions.offsets[:-1]

@@ -2,15 +2,19 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import torch.multiprocessing as mp
 from conftest import Run
 from torch.utils.data import DataLoader
 
-from hllm import shard
+from hllm import evaluate, shard
 from hllm.build import build_datamodule, build_module, build_trainer
 from hllm.cli import quiet_libraries
 from hllm.config import Config, Protocol, ShardedConfig, TrainRows, compose
@@ -136,6 +140,20 @@ def test_shards_tell_the_same_about_items_and_users(plain: SequenceDataModule, f
         assert expected is not None
         assert [array.tolist() for array in found] == [array.tolist() for array in expected]
     assert data.history("41") is None
+
+
+def test_ids_of_many_users_take_no_python_objects(folder: Path) -> None:
+    data = opened(folder)
+    numbers = np.tile(np.arange(data.num_users), 1000)
+    tracemalloc.start()
+    try:
+        ids = data.user_ids(numbers)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ids.to_list() == data.user_ids(np.arange(data.num_users)).to_list() * 1000
+    assert data.user_ids(numbers[:0]).to_list() == []
+    assert peak < 64 * len(numbers)
 
 
 def test_user_numbers_lead_to_the_users_own_ids(folder: Path) -> None:
@@ -251,10 +269,14 @@ def test_more_processes_than_rows_are_refused(folder: Path, monkeypatch: pytest.
 
 # Two real processes
 
+SECONDS = 120
+"Until a test gives up on other processes; what they do takes ten or twenty."
+
 
 def _read_own_part(rank: int, folder: str, store: str, results: str) -> None:
     """A process of two: what it trains in three epochs and what it evaluates."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    limit = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
     data = opened(Path(folder))
     torch.manual_seed(7)
     loader = data.train_dataloader()
@@ -270,8 +292,17 @@ def _read_own_part(rank: int, folder: str, store: str, results: str) -> None:
 
 
 def test_two_processes_share_an_epoch_and_an_evaluation(odd_folder: Path) -> None:
+    # processes of a server that reads our modules once
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hllm.data.sharded", "hllm.build"])
     arguments = (str(odd_folder), str(odd_folder.parent / "store"), str(odd_folder.parent))
-    mp.start_processes(_read_own_part, arguments, nprocs=2, start_method="spawn")
+    started = mp.start_processes(_read_own_part, arguments, nprocs=2, join=False, start_method="forkserver")
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not started.join(timeout=1):  # raises what a process raised
+            assert time.monotonic() < deadline, [path.name for path in odd_folder.parent.iterdir()]
+    finally:
+        for process in started.processes:
+            process.kill()
     first, second = (json.loads((odd_folder.parent / f"{rank}.json").read_text()) for rank in range(2))
     alone = opened(odd_folder)
     whole = transitions(rows(alone, alone.train_dataloader()))
@@ -286,30 +317,54 @@ def test_two_processes_share_an_epoch_and_an_evaluation(odd_folder: Path) -> Non
     assert sorted(first["tested"] + second["tested"], key=int) == [str(user) for user in range(1, 40)]
 
 
+def train_as_two_nodes(flags: list[str], folder: Path) -> list[str]:
+    """What two processes print that know each other by an address and a port only."""
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        ends, outputs = _run_two_nodes(flags, folder, port)
+        if "EADDRINUSE" not in outputs[0]:  # somebody else took the port meanwhile
+            break
+    assert ends == [0, 0], outputs
+    return outputs
+
+
+def _run_two_nodes(flags: list[str], folder: Path, port: str) -> tuple[list[int], list[str]]:
+    """Both exit codes and outputs; who fails or takes too long takes the other one along."""
+    processes = []
+    try:
+        for rank in range(2):
+            command = [sys.executable, "-m", "hllm.train", *flags, f"hydra.run.dir={folder / f'run{rank}'}"]
+            node = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank)}
+            with (folder / f"output{rank}").open("w") as output:  # a pipe that nobody reads fills up
+                processes.append(
+                    subprocess.Popen(command, env=os.environ | node, stdout=output, stderr=subprocess.STDOUT)
+                )
+        deadline = time.monotonic() + SECONDS
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.returncode for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes], [(folder / f"output{rank}").read_text() for rank in range(2)]
+
+
 def test_a_run_of_two_processes_ends_with_the_numbers_of_one(
-    odd_folder: Path, run_config: Callable[..., Config], tmp_path: Path
+    odd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["dataset=sharded", f"dataset.root={odd_folder}", "dataset.batch_size=8", f"cache_dir={tmp_path / 'cache'}"]
-    flags += ["items=id", "user.num_layers=1", "user.dim=16", "trainer.max_epochs=2", "trainer.num_nodes=2"]
+    flags += ["items=id", "user.num_layers=1", "user.dim=16", "trainer.max_epochs=1", "trainer.num_nodes=2"]
     flags += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "logger=csv", "evaluation.ks=[5,10]"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        command = [sys.executable, "-m", "hllm.train", *flags, f"hydra.run.dir={tmp_path / f'run{rank}'}"]
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = train_as_two_nodes(flags, tmp_path)
     assert "1 of 39 training rows are left out of each epoch" in outputs[0]
     stored = json.loads((tmp_path / "run0" / "metrics.json").read_text())["results"]
-    command = [sys.executable, "-m", "hllm.evaluate", f"ckpt={tmp_path / 'run0' / 'checkpoints' / 'best.ckpt'}"]
-    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with warnings.catch_warnings():
+        evaluate.main([f"ckpt={tmp_path / 'run0' / 'checkpoints' / 'best.ckpt'}"])
     assert stored["test"]["all"]["users"] == 39
-    assert alone.strip() == (tmp_path / "run0" / "report.md").read_text().strip()
+    assert capsys.readouterr().out.strip() == (tmp_path / "run0" / "report.md").read_text().strip()
     ranks = pl.read_parquet(tmp_path / "run0" / "ranks.parquet")
     assert sorted(ranks["user"], key=int) == [str(user) for user in range(1, 40)]
 
@@ -353,6 +408,29 @@ def test_a_folder_of_another_program_is_surveyed_once(tmp_path: Path, monkeypatc
     assert json.loads((folder / "manifest.json").read_text())["made_from"] is None
     monkeypatch.setattr("hllm.data.shards.read_shard", lambda *_: pytest.fail("read a shard"))
     assert opened(folder).fingerprint == data.fingerprint
+
+
+def test_ids_with_white_space_around_them_are_the_ids_without(tmp_path: Path) -> None:
+    data = opened(write(tmp_path / "shards", [(" u1", [1], [1]), ("u2\t", [2, 3], [4, 5])]))
+    for number, user in enumerate(data.user_ids(np.arange(2))):
+        events = data.history(user)
+        assert events is not None
+        assert [array.tolist() for array in events] == [[[1], [1]], [[2, 3], [4, 5]]][number]
+
+
+def test_a_folder_name_is_no_pattern(tmp_path: Path) -> None:
+    folder = write(tmp_path / "shards [1-3]*", GOOD)
+    for data in (opened(folder), opened(folder)):  # surveyed, and opened by the manifest
+        assert data.user_ids(np.arange(2)).to_list() == ["a", "b"]
+        assert data.history("b") is not None
+        assert len(rows(data, data.test_dataloader())) == 1
+
+
+def test_other_items_are_another_fingerprint(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name, GOOD) for name in ("one", "other")]
+    catalog = folders[1] / "catalog.parquet"
+    pl.read_parquet(catalog).reverse().write_parquet(catalog)
+    assert opened(folders[0]).fingerprint != opened(folders[1]).fingerprint
 
 
 def test_the_folder_that_the_documentation_writes_is_one(tmp_path: Path) -> None:
@@ -469,6 +547,12 @@ RESTORE = "Restore the file, or delete manifest.json to take the folder as it no
             lambda path: pl.DataFrame({"id": ["one"]}).write_parquet(path),
             r"catalog\.parquet: not as manifest\.json has it \(1 items, not 30\)",
         ),
+        (
+            "catalog.parquet",
+            lambda path: pl.read_parquet(path).reverse().write_parquet(path),
+            r"catalog\.parquet: not as manifest\.json has it \(other items, or in another order\)",
+        ),
+        ("manifest.json", lambda path: path.write_text('{"layout": 1}'), r"altered \(layout 1, not 2\); delete it"),
     ],
 )
 def test_a_folder_that_was_harmed_is_refused(
@@ -515,6 +599,13 @@ def test_shards_are_about_equal_in_events_and_mix_users_from_everywhere(tmp_path
     assert max(events) < 1.03 * min(events)
     numbers = pl.read_parquet(tmp_path / "shards" / "histories" / "00003.parquet")["user"].str.slice(1).cast(pl.Int64)
     assert np.histogram(numbers, bins=10, range=(0, 3000))[0].min() > 20
+
+
+def test_a_text_field_cannot_take_the_place_of_the_item_ids(plain: SequenceDataModule, tmp_path: Path) -> None:
+    catalog = Catalog(plain.catalog.ids, {"id": pl.Series([str(row) for row in range(30)])})
+    with pytest.raises(DataError, match=r"out=.*shards: the items have a text field 'id'.*Rename.*text_fields="):
+        write_shards(plain.interactions, catalog, tmp_path / "shards", 2, {})
+    assert not (tmp_path / "shards").exists()
 
 
 @pytest.fixture
