@@ -1,4 +1,4 @@
-"""Raw rows -> Interactions, at any size: memory is bounded by the number of users and items and one block of rows.
+"""Raw rows -> Interactions, at any size: memory is bounded by the users, the items and one block of rows.
 
 Rows arrive in chunks, in file order. They are encoded to integers and spilled (16 bytes a row), dealt out to blocks of
 neighbouring users, and each block is sorted by itself. Every step is one pass, so the cost grows linearly. U users,
