@@ -1,5 +1,6 @@
 import pytest
 
+from hllm.data import lookup
 from hllm.data.lookup import find_row
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
@@ -22,3 +23,22 @@ def test_an_unknown_name_gets_near_ones_suggested(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:
         find_row(CATALOG, name, "item")
     assert str(error.value).startswith(f"item: {name!r} is not in the catalogue; {hint}")
+
+
+def test_a_name_as_it_is_written_goes_before_one_in_another_case() -> None:
+    assert find_row(Catalog(["1", "2"], {"title": ["alien", "Alien"]}), "Alien", "item") == 1
+
+
+@pytest.mark.parametrize("wrong", ["Film nr 12345 of the serie", "film number 1245 of teh series", "ilm number 12345"])
+def test_of_many_titles_only_the_likely_ones_are_compared(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    match = lookup.difflib.get_close_matches
+    monkeypatch.setattr(
+        lookup.difflib,
+        "get_close_matches",
+        lambda name, names, **options: seen.append(len(names)) or match(name, names, **options),
+    )
+    titles = [f"{number:x} other {number * 7:o}" for number in range(20_000)] + ["Film number 12345 of the series"]
+    with pytest.raises(ConfigError, match="did you mean 'Film number 12345 of the series'"):
+        find_row(Catalog([str(row) for row in range(len(titles))], {"title": titles}), wrong, "item")
+    assert seen == [lookup.NUM_CANDIDATES]
