@@ -77,7 +77,7 @@ def show(arguments: Sequence[str]) -> None:
 
 
 def _tokenizer(config: Config) -> Any:
-    return load_tokenizer(locate(config.llm, cache_dir(config)))
+    return load_tokenizer(locate(config.llm, cache_dir(config), weights=False))
 
 
 def _read_apart(config: Config, parts: TextParts) -> dict[str, TextParts]:

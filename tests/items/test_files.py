@@ -3,6 +3,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -54,6 +55,29 @@ def test_hub_download_takes_one_form_of_the_weights(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
     assert locate(llm_config(Path("org/name")), tmp_path).folder == tiny_llama
     assert asked[1] == {"revision": None, "allow_patterns": ["model.safetensors", "config.json", "tokenizer.model"]}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert locate(llm_config(Path("org/name")), tmp_path).folder == tiny_llama, "a tokenizer alone is not the model"
+
+
+def test_for_the_tokenizer_alone_no_weights_are_fetched(
+    llm_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = SimpleNamespace(
+        siblings=[SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    )
+
+    def download(name: str, **options: Any) -> str:
+        for file in options.get("allow_patterns", []):
+            assert file != "model.safetensors"
+            (tmp_path / file).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    assert locate(llm_config(Path("org/name")), tmp_path, weights=False).folder == tmp_path
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: pytest.fail("asked again"))
+    assert locate(llm_config(Path("org/name")), tmp_path, weights=False).folder == tmp_path
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all"])
