@@ -61,6 +61,21 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
 
 
+def split_own(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """An entry point's own ``key=value`` arguments, "" where one is not given, and the others, which are Hydra's.
+
+    Own values are taken as they stand: Hydra's grammar would read the commas and brackets of titles.
+    """
+    own, overrides = dict.fromkeys(names, ""), []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    return own, overrides
+
+
 def parse(schema: type[T], arguments: Sequence[str], usage: str) -> T:
     """``key=value`` arguments as a dataclass; a value is taken as it stands.
 

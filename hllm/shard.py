@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hllm.build import build_datamodule
-from hllm.cli import report_errors
+from hllm.cli import report_errors, split_own
 from hllm.config import ShardedConfig, compose
 from hllm.data.base import SequenceDataModule
 from hllm.data.shards import SHARD_EVENTS, write_shards
@@ -27,30 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return
-    own = {"out": "", "shards": ""}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            overrides.append(argument)
+    own, overrides = split_own(arguments, ("out", "shards"))
     if not own["out"]:
         raise ConfigError(f"out= is missing\n{USAGE}")
     if own["shards"] and not (own["shards"].isdecimal() and int(own["shards"]) > 0):
         raise ConfigError(f"shards={own['shards']}: must be a whole number above 0")
-    config = compose(overrides).dataset
-    if isinstance(config, ShardedConfig):
+    config = compose(overrides)
+    dataset = config.dataset
+    if isinstance(dataset, ShardedConfig):
         raise ConfigError("dataset=sharded: is in shards already; give the data set they are to be made from")
-    datamodule = build_datamodule(compose(overrides))
+    datamodule = build_datamodule(config)
     assert isinstance(datamodule, SequenceDataModule)
     interactions = datamodule.interactions
     num_shards = int(own["shards"] or -(-len(interactions) // SHARD_EVENTS))
     made_from = {
-        "dataset": config.name,
-        "protocol": config.protocol.name,
-        "legacy_sort": config.legacy_sort,
-        "filter": {name: getattr(value, "name", value) for name, value in vars(config.filter).items()},
+        "dataset": dataset.name,
+        "protocol": dataset.protocol.name,
+        "legacy_sort": dataset.legacy_sort,
+        "filter": {name: getattr(value, "name", value) for name, value in vars(dataset.filter).items()},
         "fingerprint": datamodule.fingerprint,
     }
     manifest = write_shards(interactions, datamodule.catalog, Path(own["out"]), num_shards, made_from)

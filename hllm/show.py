@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hllm.build import build_datamodule, cache_dir
-from hllm.cli import report_errors
+from hllm.cli import report_errors, split_own
 from hllm.config import Config, Fusion, Selection, compose
 from hllm.data.lookup import find_row
 from hllm.data.schema import Catalog
@@ -49,14 +49,7 @@ def show(arguments: Sequence[str]) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return
-    own = {"item": "", "plot": ""}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value  # as it stands: Hydra's grammar would read the commas and brackets of titles
-        else:
-            overrides.append(argument)
+    own, overrides = split_own(arguments, ("item", "plot"))
     if own["plot"]:
         if own["item"]:
             raise ConfigError(f"plot={own['plot']}: shows the lengths of all items; leave out item=")

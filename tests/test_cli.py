@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import MISSING
 
-from hllm.cli import parse, report_errors
+from hllm.cli import parse, report_errors, split_own
 from hllm.errors import ConfigError, DataError
 
 
@@ -34,6 +34,14 @@ def test_values_are_taken_as_they_stand() -> None:
 def test_wrong_arguments_are_refused_with_the_usage(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s){message}.*\nusage: here"):
         parse(Options, arguments, "usage: here")
+
+
+def test_own_arguments_are_taken_out_of_those_of_hydra_as_they_stand() -> None:
+    arguments = ["user=hstu", "item=Se7en, [1995] = x", "-m", "user.num_layers=2", "item"]
+    assert split_own(arguments[:4], ("item", "plot")) == (
+        {"item": "Se7en, [1995] = x", "plot": ""},
+        ["user=hstu", "-m", "user.num_layers=2"],
+    )
 
 
 def test_an_error_that_a_person_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ builds values and runs nothing; the lines of items that nobody reviewed are skip
 
 import ast
 import json
-import logging
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -20,10 +19,8 @@ from tqdm import tqdm
 from hllm.config import AmazonConfig, CatalogItems, DatasetConfig, FilterConfig, UnknownItems
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
 from hllm.data.schema import Catalog
-from hllm.data.tables import find_pair, line_blocks, read_csv_chunks, read_csv_table, to_catalog
+from hllm.data.tables import find_pair, line_blocks, read_csv_catalog, read_csv_chunks, to_catalog
 from hllm.errors import DataError
-
-log = logging.getLogger(__name__)
 
 COUNTS = {
     "Beauty": Counts(interactions=198_502, users=22_363, items=12_101),
@@ -111,21 +108,11 @@ class AmazonBooks(SequenceDataModule):
         if _is_raw(files):
             return read_meta(files, wanted, self.config)
         assert files.items is not None
-        table = read_csv_table(files.items, ("item_id", "title", "description"))
-        return to_catalog(_last_rows(table, "item_id", files.items), "item_id", files.items, first_row=2)
+        return read_csv_catalog(files.items, ("item_id", "title", "description"), "item_id", last_counts=True)
 
 
 def _is_raw(files: RawFiles) -> bool:
     return files.interactions.name == "ratings_Books.csv"
-
-
-def _last_rows(table: pl.DataFrame, column: str, path: Path) -> pl.DataFrame:
-    """One row an item: of several the last, as in the code of S3-Rec and ByteDance."""
-    unique = table.unique(column, keep="last", maintain_order=True)
-    if len(unique) < len(table):
-        first = table[column].filter(table[column].is_duplicated())[0]
-        log.warning("%s: %d rows repeat an item, %r for one; the last counts", path, len(table) - len(unique), first)
-    return unique
 
 
 def read_reviews(path: Path) -> Iterator[pl.DataFrame]:
@@ -199,7 +186,7 @@ def read_meta(files: RawFiles, wanted: pl.Series, config: DatasetConfig) -> Cata
             f"{path}: has a row for none of the {len(wanted)} items of {files.interactions}; take both files of one "
             "category, whole"
         )
-    return to_catalog(_last_rows(pl.concat(parts), "asin", path), "asin", path, first_row=1)
+    return to_catalog(pl.concat(parts), "asin", path, first_row=1, last_counts=True)
 
 
 def _item(line: bytes, wanted: Collection[bytes] | None, path: Path, row: int) -> tuple[str, ...] | None:

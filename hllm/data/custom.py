@@ -9,12 +9,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from hllm.config import CustomConfig, TimestampUnit
 from hllm.data.base import RawFiles, SequenceDataModule
-from hllm.data.prepare import LATEST
+from hllm.data.prepare import LATEST, is_rounded
 from hllm.data.schema import Catalog
 from hllm.data.tables import (
     plain_text,
@@ -25,6 +26,7 @@ from hllm.data.tables import (
     read_parquet,
     read_parquet_chunks,
     read_parquet_header,
+    read_records_header,
     to_catalog,
     to_text,
 )
@@ -44,6 +46,11 @@ USUAL_NAMES = {
 }  # fmt: skip
 "Column names, in small letters and digits alone: userId, user_id and USER ID are all userid."
 DIVISORS = {TimestampUnit.s: 1, TimestampUnit.ms: 10**3, TimestampUnit.us: 10**6, TimestampUnit.ns: 10**9}
+USUAL_TIME = (
+    r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2}"
+    r"(?:[ T][0-9]{2}:[0-9]{2}:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?)?$"
+)
+"Written times that Polars is trusted with: it would also take the second 60."
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".txt"), (".parquet", ".pq"), (".jsonl", ".json", ".ndjson")
 
 
@@ -51,6 +58,12 @@ class CustomData(SequenceDataModule):
     """Files of your own; what is read of them is said in the log."""
 
     config: CustomConfig
+    unkeyed = frozenset({"interactions", "items"})
+
+    def _rules(self) -> dict[str, Any]:
+        """Of the paths only how the files are read: what they hold is known by their content."""
+        paths = (self.config.interactions, self.config.items)
+        return {**super()._rules(), "kinds": [_kind(Path(path)) for path in paths if path]}
 
     def folder(self) -> Path:
         """dataset.root, or the working directory: relative paths are taken from there."""
@@ -82,7 +95,7 @@ class CustomData(SequenceDataModule):
         if path is None:
             return Catalog(wanted.unique(maintain_order=True), {})
         table = read_json_lines(path) if _kind(path) in JSON else None
-        header = self._header(path) if table is None else table.columns
+        header = self._items_header(path) if table is None else table.columns
         key = self._items_key(path, header, self._column(files.interactions, "item", self.config.item_column))
         unknown = [name for name in chosen if name not in header or name == key]
         if unknown:
@@ -105,6 +118,11 @@ class CustomData(SequenceDataModule):
         if _kind(path) in PARQUET:
             return read_parquet_header(path)
         return read_csv_header(path, self._separators[_kind(path)], self.config.encoding)
+
+    def _items_header(self, path: Path) -> list[str]:
+        if _kind(path) in PARQUET:
+            return read_parquet_header(path)
+        return read_records_header(path, self._separators[_kind(path)], self.config.encoding)
 
     def _chunks(self, path: Path, columns: Mapping[str, str]) -> Iterator[pl.DataFrame]:
         if _kind(path) in PARQUET:
@@ -159,30 +177,67 @@ def to_seconds(values: pl.Series, unit: TimestampUnit, path: Path, first_row: in
         first_row: for messages.
 
     Raises:
-        DataError: names file and row of the first value that is missing, is no time, or is not of the unit.
+        DataError: names file and row of the first value that is missing, is no time, is not of the unit, or is a float
+            so large that it may have been rounded.
     """
+    if isinstance(values.dtype, pl.Categorical | pl.Enum):
+        values = values.cast(pl.String)
     if values.dtype == pl.Date or values.dtype == pl.Datetime:
         seconds = values.dt.epoch("s")
-    elif unit is TimestampUnit.iso:
-        seconds = pl.Series([_iso_seconds(str(value)) for value in values], dtype=pl.Int64)
-    elif values.dtype == pl.String or values.dtype.is_numeric():
-        divisor = DIVISORS[unit]
-        raw = pl.col("raw").str.strip_chars() if values.dtype == pl.String else pl.col("raw")
-        whole = raw.cast(pl.Int64, strict=False) // divisor  # through a float, nanoseconds would lose digits
-        # 1.46474E+09, as spreadsheets write, has lost the order of events
-        exact = pl.when(~raw.str.contains("[eE]")).then(raw) if values.dtype == pl.String else raw
-        floor = (exact.cast(pl.Float64, strict=False) / divisor).floor().cast(pl.Int64, strict=False)
-        seconds = pl.DataFrame({"raw": values}).select(pl.coalesce(whole, floor)).to_series()
-    else:
+    elif values.dtype != pl.String and not values.dtype.is_numeric():
         raise DataError(f"{path}: timestamps are of type {values.dtype}; they must be numbers, texts, dates or times")
-    wrong = (seconds.is_null() | ~seconds.is_between(0, LATEST)).arg_true()
+    elif unit is TimestampUnit.iso:
+        seconds = iso_seconds(values.cast(pl.String))
+    else:
+        seconds = _number_seconds(values, DIVISORS[unit])
+    rounded = is_rounded(values)
+    wrong = (rounded | seconds.is_null() | ~seconds.is_between(0, LATEST)).arg_true()
     if len(wrong):
         row = int(wrong[0])
+        what = f"{path}: row {first_row + row} has timestamp={values[row]!r}, which"
+        if rounded[row]:
+            raise DataError(f"{what} {values.dtype} cannot tell from its neighbours; store times as whole numbers")
         raise DataError(
-            f"{path}: row {first_row + row} has timestamp={values[row]!r}, which is no time between the years 1970 and "
-            f"9999 under dataset.timestamp_unit={unit.name}; choose of s, ms, us, ns (numbers) and iso (written dates)"
+            f"{what} is no time between the years 1970 and 9999 under dataset.timestamp_unit={unit.name}; choose of "
+            "s, ms, us, ns (numbers) and iso (written dates)"
         )
     return seconds
+
+
+def _number_seconds(values: pl.Series, divisor: int) -> pl.Series:
+    """Numbers, or text that is one, as whole seconds; null where one is none."""
+    if values.dtype == pl.String:
+        # 1.46474E+09, as spreadsheets write, has lost the order of events; a point is cut off as text, as digits beyond
+        # the 53 bits of a float would be lost too
+        values = values.str.strip_chars().str.replace(r"^(\+?[0-9]+)\.[0-9]*$", "$1")
+    if values.dtype.is_float():
+        return (values.cast(pl.Float64) / divisor).floor().cast(pl.Int64, strict=False)
+    return values.cast(pl.Int64, strict=False) // divisor
+
+
+def iso_seconds(texts: pl.Series) -> pl.Series:
+    """Written dates and times as int64 seconds, cut off; null where one is none.
+
+    The usual forms are read column-wise, a million in half a second; what is left, distinct value by distinct value.
+    """
+    text = pl.col("text").str.strip_chars().str.strip_suffix(" UTC")
+    offset = text.str.slice(19).str.extract(r"([+-].*)$")
+    sign = pl.when(offset.str.starts_with("-")).then(-60).otherwise(60)
+    minutes = offset.str.slice(1, 2).cast(pl.Int64) * 60 + offset.str.slice(4, 2).cast(pl.Int64)
+    time = text.str.head(19).str.replace("T", " ", literal=True)
+    long = time.str.len_bytes() == 19
+    local = pl.coalesce(
+        pl.when(long).then(time.str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="ms")),
+        pl.when(~long).then(time.str.to_date("%Y-%m-%d", strict=False)),
+    )
+    usual = pl.when(text.str.contains(USUAL_TIME)).then(local.dt.epoch("s") - (sign * minutes).fill_null(0))
+    found = pl.DataFrame({"text": texts}).select("text", seconds=usual)
+    left = found.filter(pl.col("seconds").is_null())["text"].drop_nulls().unique()
+    if not len(left):
+        return found["seconds"]
+    others = pl.DataFrame([left, pl.Series("other", [_iso_seconds(value) for value in left], pl.Int64)])
+    joined = found.join(others, on="text", how="left", maintain_order="left")
+    return joined.select(pl.coalesce("seconds", "other")).to_series()
 
 
 def _iso_seconds(value: str) -> int | None:

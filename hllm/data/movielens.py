@@ -5,6 +5,7 @@ pinned wheel, so that a first run needs no download from the publisher.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -13,13 +14,12 @@ from hllm.data.base import Counts, RawFiles, SequenceDataModule
 from hllm.data.schema import Catalog
 from hllm.data.tables import (
     find_pair,
+    read_csv_catalog,
     read_csv_chunks,
-    read_csv_table,
     read_delimited,
     read_delimited_chunks,
     read_parquet,
     to_catalog,
-    to_integers,
     to_text,
 )
 
@@ -44,7 +44,7 @@ class MovieLens100K(SequenceDataModule):
         return RawFiles(*find_pair(folder, pairs))
 
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
-        return _events([_read(files.interactions, "\t", RATINGS)], files, RATINGS)
+        return _events([_read(files.interactions, "\t", RATINGS)], RATINGS)
 
     def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
         assert files.items is not None
@@ -52,7 +52,7 @@ class MovieLens100K(SequenceDataModule):
         movies = _read(files.items, "|", MOVIES, encoding="iso-8859-1")
         table = pl.DataFrame(
             {
-                "movie_id": to_integers(movies, "movie_id", files.items),
+                "movie_id": movies["movie_id"],
                 "title": to_text(movies, "movie_title", files.items),
                 "genres": _flagged(movies),
             }
@@ -69,12 +69,12 @@ class MovieLens1M(SequenceDataModule):
         return _pair(folder, "ratings.dat", "movies.dat", inside="ml-1m")
 
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
-        return _events(read_delimited_chunks(files.interactions, "::", RATINGS), files, RATINGS)
+        return _events(read_delimited_chunks(files.interactions, "::", RATINGS), RATINGS)
 
     def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
         assert files.items is not None
         movies = read_delimited(files.items, "::", ("movie_id", "title", "genres"), encoding="iso-8859-1")
-        return _movies(movies, files.items, first_row=1)
+        return _named_genres(to_catalog(movies, "movie_id", files.items, first_row=1))
 
 
 class MovieLens20M(SequenceDataModule):
@@ -87,12 +87,11 @@ class MovieLens20M(SequenceDataModule):
         return _pair(folder, "ratings.csv", "movies.csv", inside=self.inside, first_row=2)
 
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
-        chunks = read_csv_chunks(files.interactions, {name: name for name in CSV_RATINGS})
-        return _events(chunks, files, CSV_RATINGS)
+        return _events(read_csv_chunks(files.interactions, {name: name for name in CSV_RATINGS}), CSV_RATINGS)
 
     def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
         assert files.items is not None
-        return _movies(read_csv_table(files.items, CSV_MOVIES), files.items, first_row=2)
+        return _named_genres(read_csv_catalog(files.items, CSV_MOVIES, "movieId"))
 
 
 class MovieLensLatestSmall(MovieLens20M):
@@ -114,29 +113,19 @@ def _read(path: Path, separator: str, columns: Sequence[str], encoding: str = "u
     return read_delimited(path, separator, columns, encoding)
 
 
-def _events(chunks: Iterable[pl.DataFrame], files: RawFiles, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Chunks as ``read_events`` gives them, every id and time a whole number.
+def _events(chunks: Iterable[pl.DataFrame], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Chunks as ``read_events`` gives them.
 
     Args:
         columns: of user, item, rating and timestamp.
     """
-    user, item, rating, timestamp = columns
-    row = files.first_row
-    for chunk in chunks:
-        whole = {
-            name: to_integers(chunk, column, files.interactions, row)
-            for name, column in (("user", user), ("item", item), ("timestamp", timestamp))
-        }
-        yield pl.DataFrame({**whole, "rating": chunk[rating]})
-        row += len(chunk)
+    names = dict(zip(("user", "item", "rating", "timestamp"), columns, strict=True))
+    return (chunk.select(**names) for chunk in chunks)
 
 
-def _movies(table: pl.DataFrame, path: Path, first_row: int) -> Catalog:
-    """A table of id, title and genres, as 1M and its successors have it."""
-    name = table.columns[0]
-    ids = to_integers(table, name, path, first_row)
-    genres = table["genres"].replace(NO_GENRES, "")
-    return to_catalog(table.with_columns(ids, genres), name, path, first_row)
+def _named_genres(movies: Catalog) -> Catalog:
+    """Without what 1M's successors write for none."""
+    return replace(movies, fields={**movies.fields, "genres": movies.fields["genres"].replace(NO_GENRES, "")})
 
 
 def _flagged(movies: pl.DataFrame) -> list[str]:

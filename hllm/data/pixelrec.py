@@ -11,7 +11,7 @@ import polars as pl
 from hllm.config import FilterConfig, PixelRecConfig
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
 from hllm.data.schema import Catalog
-from hllm.data.tables import find_pair, read_csv_chunks, read_csv_table, to_catalog
+from hllm.data.tables import find_pair, read_csv_catalog, read_csv_chunks
 
 COUNTS = {
     "200K": Counts(interactions=3_965_656, users=200_000, items=96_282),
@@ -45,5 +45,4 @@ class PixelRec(SequenceDataModule):
 
     def read_items(self, files: RawFiles, wanted: pl.Series) -> Catalog:
         assert files.items is not None
-        table = read_csv_table(files.items, ("item_id", "title", "tag", "description"))
-        return to_catalog(table, "item_id", files.items, first_row=2)
+        return read_csv_catalog(files.items, ("item_id", "title", "tag", "description"), "item_id")

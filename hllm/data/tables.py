@@ -9,20 +9,27 @@ import csv
 import gzip
 import io
 import json
+import logging
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import polars as pl
 
 from hllm.data.prepare import MEND, to_ids, to_whole
 from hllm.data.schema import Catalog
 from hllm.errors import DataError
 
+log = logging.getLogger(__name__)
+
 BLOCK_BYTES = 1 << 26
 "Of a delimited file, parsed at a time."
+QUOTED_BYTES = 1 << 22
+"Of a block with quotes, looked through at a time."
 TABLE_ROWS = 1 << 16
 "Records of an items file held as Python objects at a time."
 csv.field_size_limit(1 << 24)  # some descriptions are longer than the 128 KiB that Python allows
@@ -35,15 +42,15 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pl.DataFrame:
         DataError: the file is torn, empty, not Parquet, not UTF-8, or lacks a column.
     """
     with _reading_parquet(path):
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)  # else brackets in a name would be a pattern
     check_header(path, columns, table.columns)
     return table.select(columns)
 
 
 def read_parquet_header(path: Path) -> list[str]:
     """Names of a Parquet file's columns; raises DataError as ``read_parquet``."""
-    with _reading_parquet(path):
-        return list(pl.read_parquet_schema(path))
+    with _reading_parquet(path), path.open("rb") as file:
+        return list(pl.read_parquet_schema(file))
 
 
 def read_parquet_chunks(path: Path, columns: Mapping[str, str], rows: int = 1 << 22) -> Iterator[pl.DataFrame]:
@@ -269,10 +276,11 @@ def _empty(path: Path, row: int) -> DataError:
 def read_csv_header(path: Path, separator: str = ",", encoding: str = "utf-8") -> list[str]:
     """The names in the first line of a delimited file; raises DataError as ``read_csv_chunks``."""
     check_form(separator, encoding)
-    line = next(line_blocks(path, size=1), b"").removeprefix(codecs.BOM_UTF8)
+    block = next(line_blocks(path, size=len(codecs.BOM_UTF8)), b"").removeprefix(codecs.BOM_UTF8)
+    line = block.partition(b"\n")[0]
     if not line.strip():
         raise DataError(f"{path}: is empty, or its first line is; that one must name the columns")
-    return _header(_decode(line.removesuffix(b"\n"), encoding, path, 1).encode(), path, [], separator)
+    return _header(_decode(line, encoding, path, 1).encode(), path, [], separator)
 
 
 def _decode(data: bytes, encoding: str, path: Path, row: int) -> str:
@@ -288,15 +296,20 @@ def _decode(data: bytes, encoding: str, path: Path, row: int) -> str:
 
 def _header(line: bytes, path: Path, wanted: Sequence[str], separator: str) -> list[str]:
     names = _values(line, path, 1, separator)
+    _check_names(names, path, 1, wanted, separator)
+    return names
+
+
+def _check_names(names: list[str], path: Path, row: int, wanted: Sequence[str], separator: str) -> None:
+    """Raises DataError where a header lacks a wanted name, and says which separator would mend that."""
     other = next((mark for mark in ",\t;|" if mark != separator and mark in names[0]), None)
-    if len(names) == 1 and other is not None and wanted != names:
+    if len(names) == 1 and other is not None and list(wanted) != names:
         raise DataError(
-            f"{path}: row 1 is not separated by {separator!r}: {names[0][:80]!r}; with dataset=custom, give "
+            f"{path}: row {row} is not separated by {separator!r}: {names[0][:80]!r}; with dataset=custom, give "
             # quoted for the shell and, inside, for Hydra, to which a semicolon or a comma means something
             f"'dataset.separator=\"{other.replace(chr(9), chr(92) + 't')}\"'"
         )
     check_header(path, wanted, names)
-    return names
 
 
 def _values(line: bytes, path: Path, row: int, separator: str) -> list[str]:
@@ -340,6 +353,8 @@ def _parse_at_once(block: bytes, width: int, separator: str) -> pl.DataFrame | N
     """All columns of some lines; None where a line may be wrong or may mean something else."""
     if b"\0" in block or block.startswith(codecs.BOM_UTF8) or block.count(b"\r") != block.count(b"\r\n"):
         return None
+    if b'"' in block and not all(_quotes_values(lines, separator) for lines in _pieces(block)):
+        return None
     schema = {f"column {place}": pl.String for place in range(width)}
     try:
         table = pl.read_csv(block, separator=separator, has_header=False, schema=schema)
@@ -353,6 +368,30 @@ def _parse_at_once(block: bytes, width: int, separator: str) -> pl.DataFrame | N
     return table if block.count(separator.encode()) == len(table) * (width - 1) else None
 
 
+def _pieces(block: bytes) -> Iterator[bytes]:
+    """Whole lines, about ``QUOTED_BYTES`` at a time."""
+    begin = 0
+    while begin < len(block):
+        end = block.find(b"\n", begin + QUOTED_BYTES) + 1 or len(block)
+        yield block[begin:end]
+        begin = end
+
+
+def _quotes_values(lines: bytes, separator: str) -> bool:
+    """Whether quotes stand only around whole values, and doubled inside those; readers differ on all others."""
+    text = np.frombuffer(lines, np.uint8)
+    quotes = np.flatnonzero(text == ord('"'))
+    opening, closing = quotes[::2], quotes[1::2]
+    if len(opening) != len(closing):
+        return False
+    # a quote beside them: one that closes and one that opens make a doubled one; before the first byte is the last
+    borders = np.frombuffer(f'{separator}\r\n"'.encode(), np.uint8)
+    if not (np.isin(text[opening - 1], borders).all() and np.isin(text[closing + 1], borders).all()):
+        return False
+    ends = np.searchsorted(quotes, np.flatnonzero(text == ord("\n")))
+    return not (ends % 2).any()  # an odd number of quotes before a line end: it is inside a value
+
+
 def _check_length(values: Sequence[str], path: Path, row: int, names: Sequence[str], separator: str) -> None:
     if len(values) != len(names):
         raise _bad(
@@ -363,58 +402,63 @@ def _check_length(values: Sequence[str], path: Path, row: int, names: Sequence[s
         )
 
 
-def read_csv_table(path: Path, columns: Sequence[str], separator: str = ",", encoding: str = "utf-8") -> pl.DataFrame:
-    """Named columns of a delimited file with a header, every value a string, missing ones ""; for item files.
+def read_csv_catalog(
+    path: Path,
+    columns: Sequence[str],
+    id_column: str,
+    separator: str = ",",
+    encoding: str = "utf-8",
+    last_counts: bool = False,
+) -> Catalog:
+    """Named columns of a delimited file of items as a Catalog, every value text, missing ones "".
 
     Records may run over several lines where values are quoted. Lines end in LF, CRLF or CR. A byte order mark and
-    empty lines are skipped. Every record must hold as many values as the header.
+    empty lines are skipped, so that the first line which is not empty is the header. Every record must hold as many
+    values as the header.
 
     Args:
         columns: names in the header; empty takes all.
+        id_column: as in ``to_catalog``; so is ``last_counts``.
 
     Raises:
         DataError: names file and row, where a record begins; a wrong header is shown beside the expected one.
     """
-    return _read_records(path, columns, separator, encoding)[0]
+    records = read_records(path, separator, encoding)
+    row, names = next(records)
+    _check_names(names, path, row, columns or names, separator)
+    places = {name: names.index(name) for name in (columns or names)}
+    parts, rows = [_to_table([], places)], array("q")
+    while part := list(islice(records, TABLE_ROWS)):
+        for row, values in part:
+            _check_length(values, path, row, names, separator)
+            rows.append(row)
+        parts.append(_to_table([values for _, values in part], places))
+    return to_catalog(pl.concat(parts), id_column, path, 2, rows, last_counts)
 
 
-def read_csv_catalog(
-    path: Path, columns: Sequence[str], id_column: str, separator: str = ",", encoding: str = "utf-8"
-) -> Catalog:
-    """``to_catalog`` of ``read_csv_table``."""
-    table, rows = _read_records(path, columns, separator, encoding)
-    return to_catalog(table, id_column, path, first_row=2, rows=rows)
+def read_records_header(path: Path, separator: str = ",", encoding: str = "utf-8") -> list[str]:
+    """The first record of a delimited file of items; raises DataError as ``read_csv_catalog``."""
+    row, names = next(read_records(path, separator, encoding))
+    _check_names(names, path, row, [], separator)
+    return names
 
 
-def _read_records(
-    path: Path, columns: Sequence[str], separator: str, encoding: str
-) -> tuple[pl.DataFrame, Sequence[int]]:
-    """A table, and the line on which each record begins.
+def read_records(path: Path, separator: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
+    """Each record of a delimited file, the header too, behind the number of the line on which it begins.
 
-    Records go into columns every ``TABLE_ROWS``: strings of Python take far more memory.
+    Raises:
+        DataError: no record at all, or one that is not CSV; names file and row.
     """
     check_form(separator, encoding)
-    parts: list[pl.DataFrame] = []
-    records: list[list[str]] = []
-    rows, row = array("q"), 1
+    row, found = 1, False
     codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     try:
         with _reading(path), io.TextIOWrapper(cast(BinaryIO, open_text(path)), codec, newline="") as text:
             reader = csv.reader(_without_zeros(text, path), delimiter=separator, strict=True)
-            names = next((values for values in reader if any(values)), None)
-            if names is None:
-                raise DataError(f"{path}: is empty; fetch the file again")
-            check_header(path, columns or names, names)
-            places = {name: names.index(name) for name in (columns or names)}
-            row = reader.line_num + 1
             for values in reader:
-                if values:
-                    _check_length(values, path, row, names, separator)
-                    records.append(values)
-                    rows.append(row)
-                if len(records) == TABLE_ROWS:
-                    parts.append(_to_table(records, places))
-                    records = []
+                if any(values) if not found else values:
+                    found = True
+                    yield row, values
                 row = reader.line_num + 1
     except csv.Error as error:
         raise _bad(path, row, f"begins a record that is not CSV ({error})") from error
@@ -422,7 +466,8 @@ def _read_records(
         # the codec reads ahead: only a second look finds the row
         _decode(b"".join(line_blocks(path)), encoding, path, 1)
         raise
-    return pl.concat([*parts, _to_table(records, places)]), rows
+    if not found:
+        raise DataError(f"{path}: is empty; fetch the file again")
 
 
 def _without_zeros(lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -490,19 +535,6 @@ def plain_text(value: Any) -> str:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def to_integers(table: pl.DataFrame, column: str, path: Path, first_row: int = 1) -> pl.Series:
-    """A column as int64; raises DataError at the first row that is missing or not a whole number."""
-    values = table[column]
-    numbers = values.cast(pl.Int64, strict=False)
-    bad = numbers.is_null().arg_true()
-    if not len(bad) and values.dtype.is_float():
-        bad = (numbers != values).arg_true()
-    if len(bad):
-        row = int(bad[0])
-        raise DataError(f"{path}: row {first_row + row} has {column}={values[row]!r}, which is not a whole number")
-    return numbers
-
-
 def to_text(table: pl.DataFrame, column: str, path: Path) -> list[str]:
     """A column as text, missing values as empty strings; raises DataError at bytes that are not UTF-8."""
     values = table[column]
@@ -526,7 +558,14 @@ def read_catalog(path: Path) -> Catalog:
     return read_csv_catalog(path, [], "id")
 
 
-def to_catalog(table: pl.DataFrame, column: str, path: Path, first_row: int, rows: Sequence[int] = ()) -> Catalog:
+def to_catalog(
+    table: pl.DataFrame,
+    column: str,
+    path: Path,
+    first_row: int,
+    rows: Sequence[int] = (),
+    last_counts: bool = False,
+) -> Catalog:
     """A table of items as a Catalog: ids without white space around them, all other columns as text fields.
 
     Ids follow the rule of ``prepare.to_ids``, so that they are those of the interactions. A column of floats that are
@@ -537,6 +576,7 @@ def to_catalog(table: pl.DataFrame, column: str, path: Path, first_row: int, row
         column: of the original ids.
         first_row: line of the first record, for messages.
         rows: line of each record, where records are not a line each.
+        last_counts: of several rows of an item the last is taken, with a warning, as S3-Rec and ByteDance do.
 
     Raises:
         DataError: no row, no such column, a column that is not text, or an id that is missing or occurs twice.
@@ -545,14 +585,20 @@ def to_catalog(table: pl.DataFrame, column: str, path: Path, first_row: int, row
     ids = to_ids(table[column])
     if not len(ids):
         raise DataError(f"{path}: has no item, only a header; fetch the file again")
+    repeats = ~ids.is_first_distinct()
     for wrong, values, what in (
         (ids.is_null() | (ids == ""), table[column], "has no {} (found {!r})"),
-        (~ids.is_first_distinct(), ids, "repeats {} {!r}; ids must be unique"),
+        (repeats if not last_counts else repeats & False, ids, "repeats {} {!r}; ids must be unique"),
     ):
         if wrong.any():
             place = int(wrong.arg_true()[0])
             row = rows[place] if rows else first_row + place
             raise _bad(path, row, what.format(column, values[place]))
+    if repeats.any():
+        message = "%s: %d rows repeat an item, %r for one; the last counts"
+        log.warning(message, path, repeats.sum(), ids.filter(repeats)[0])
+        last = ids.is_last_distinct()
+        ids, table = ids.filter(last), table.filter(last)
     return Catalog(ids, {name: _field(table[name], path) for name in table.columns if name != column})
 
 

@@ -348,6 +348,23 @@ def test_a_malformed_processed_file_is_refused(
         build(*BOOKS)
 
 
+def test_of_several_rows_of_a_processed_book_the_last_counts(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_processed_books(tmp_path, "amazon_books.csv", "amazon_books_item.csv")
+    items = tmp_path / "amazon_books_item.csv"
+    header = items.read_text().partition("\n")[0].split(",")
+    added = [{"item_id": " A", "title": "of two\nlines"}, {"item_id": "", "title": "none"}]
+    lines = [",".join(f'"{row.get(name, "")}"' for name in header) + "\n" for row in added]
+    items.write_text(items.read_text() + lines[0])
+    assert "of two\nlines" in build(*BOOKS).catalog.titles
+    assert "1 rows repeat an item, 'A' for one; the last counts" in caplog.text
+    number = items.read_text().count("\n") + 1
+    items.write_text(items.read_text() + lines[1])
+    with pytest.raises(DataError, match=rf"amazon_books_item\.csv: row {number} has no item_id"):
+        build(*BOOKS)
+
+
 def test_a_malformed_rating_is_refused_by_row(build: Build, tmp_path: Path) -> None:
     write_raw_books(tmp_path)
     with (tmp_path / "ratings_Books.csv").open("a") as file:

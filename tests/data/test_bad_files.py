@@ -18,7 +18,7 @@ from hllm.config import CustomConfig
 from hllm.data import tables
 from hllm.data.custom import CustomData
 from hllm.data.prepare import RawEvents
-from hllm.data.tables import read_csv_catalog, read_csv_chunks, read_csv_table, read_parquet, to_catalog
+from hllm.data.tables import read_csv_catalog, read_csv_chunks, read_parquet, read_records_header, to_catalog
 from hllm.errors import DataError
 
 COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
@@ -98,6 +98,7 @@ EVENTS = [
     Case("a separator at each end", HEAD + b"u1,a,5,\nu2,b,6,\n", f"row 2 has 4 values, expected 3 .*; {MEND}"),
     Case("one short, one long", HEAD + b"u1,a,5\nu2,b\nu3,c,7,8\n", f"row 3 has 2 values, .*; {MEND}"),
     Case("empty line in the middle", HEAD + b"u1,a,5\n\nu2,b,6\n", f"row 3 is empty, .*end of the file.*; {MEND}"),
+    Case("empty first line", b"\n" + HEAD + b"u1,a,5\n", f"row 1 is empty, .*; {MEND}"),
     Case("empty line under the header", HEAD + b"\nu1,a,5\n", f"row 2 is empty, .*; {MEND}"),
     Case("line of spaces", HEAD + b"u1,a,5\n   \n", f"row 3 has 1 values, expected 3 .*; {MEND}"),
     Case("line of separators", HEAD + b"u1,a,5\n,,\n", f"row 3 has no user_id; {MEND}"),
@@ -207,12 +208,12 @@ def test_interactions(tmp_path: Path, case: Case, block: int, monkeypatch: pytes
 
 
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    for reader in (lambda: read(tmp_path), lambda: read_csv_table(tmp_path, [])):
+    for reader in (lambda: read(tmp_path), lambda: read_csv_catalog(tmp_path, [], "id")):
         assert_expected(tmp_path, reader, "Is a directory; give a file that can be read")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for reader in (lambda: read(tmp_path / "x"), lambda: read_csv_table(tmp_path / "x", [])):
+    for reader in (lambda: read(tmp_path / "x"), lambda: read_csv_catalog(tmp_path / "x", [], "id")):
         assert_expected(tmp_path / "x", reader, "No such file or directory")
 
 
@@ -230,6 +231,9 @@ ITEMS = [
     ItemCase("as it should be", ITEM_HEAD + b"a,A,1987\nb,B,\n", [("a", "A", "1987"), ("b", "B", "")]),
     ItemCase("byte order mark and CRLF", b"\xef\xbb\xbfitem_id,title\r\na,A\r\n", [("a", "A")]),
     ItemCase("lone CR line ends", b"item_id,title\ra,A\rb,B\r", [("a", "A"), ("b", "B")]),
+    ItemCase("a blank first line", b"\r\n\nitem_id,title\r\na,A\r\n", [("a", "A")]),
+    ItemCase("a line break in the header", b'item_id,"the\ntitle"\na,A\n', [("a", "A")]),
+    ItemCase("semicolons", b"item_id;title\na;A\n", r"row 1 is not separated by ','.*dataset.separator=.;"),
     ItemCase("empty lines anywhere", b"\nitem_id,title\n\na,A\n\n\nb,B\n", [("a", "A"), ("b", "B")]),
     ItemCase(
         "words for nothing are titles",
@@ -290,7 +294,7 @@ def test_items(tmp_path: Path, case: ItemCase) -> None:
     path.write_bytes(case.data)
 
     def rows() -> Texts:
-        catalog = read_csv_catalog(path, [], "item_id")
+        catalog = read_csv_catalog(path, read_records_header(path), "item_id")
         return list(zip(catalog.ids, *catalog.fields.values(), strict=True))
 
     assert_expected(path, rows, case.expected)
@@ -302,7 +306,7 @@ def test_the_list_of_files_is_long() -> None:
 
 # Characters that mean something in a delimited file, and a few that do not
 LINES = (
-    st.lists(st.text(st.sampled_from('ab1,,,"\r\n\t \0é\ufeff'), max_size=14), max_size=6)
+    st.lists(st.text(st.sampled_from('ab1,,,""\r\n\t \0é\ufeff'), max_size=14), max_size=6)
     .map("\n".join)
     .filter(lambda text: text.strip("\ufeff\r\n"))
 )
@@ -330,6 +334,10 @@ def plain(text: str) -> Rows | None:
 @example("a,b,c\na,b\na,b,c,d", 1 << 26)
 @example("\ufeffa,b,c\n\ufeffa,b,c", 8)
 @example("a,b,c\r\n\r", 1)
+@example('"p,q"\'"",b,c', 1 << 26)
+@example('""x"y,",b,c', 1 << 26)
+@example('"" "p,q",b,c', 1 << 26)
+@example('"a\n",b,"c\n"', 1 << 26)
 def test_the_fast_reader_finds_what_each_line_means(text: str, block: int) -> None:
     names = ["x", "y", "z"]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -383,6 +391,12 @@ TYPES = [
         [("u", "a", 5), ("v", "b", 6)],
     ),
     ("categories", {"user": pl.Series(["u", "v"], dtype=pl.Categorical)}, [("u", "a", 5), ("v", "b", 6)]),
+    (
+        "hashes of 64 bits as ids",
+        {"user": pl.Series([2**63 + 5, 1], dtype=pl.UInt64)},
+        [(str(2**63 + 5), "a", 5), ("1", "b", 6)],
+    ),
+    ("floats at the end of what they tell apart", {"user": [2.0**53, 1.0]}, "row 1 has no user id"),
     ("missing user", {"user": [1.0, None]}, "row 2 has no user id .found None"),
     ("NaN as user", {"user": [1.0, float("nan")]}, "row 2 has no user id .found nan"),
     ("infinite user", {"user": [float("inf"), 1.0]}, "row 1 has no user id .found inf"),

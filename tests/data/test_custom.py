@@ -12,11 +12,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 from conftest import WORDS, Run
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hllm.build import build_datamodule
 from hllm.config import Config, CustomConfig, TimestampUnit, compose, from_plain, to_plain
 from hllm.data.base import SequenceDataModule
-from hllm.data.custom import USUAL_NAMES, CustomData, find_column, to_seconds
+from hllm.data.custom import USUAL_NAMES, CustomData, _iso_seconds, find_column, iso_seconds, to_seconds
 from hllm.errors import ConfigError, DataError
 from hllm.items.text import item_texts
 from hllm.recommend import main as recommend
@@ -127,6 +129,25 @@ def test_headers_of_another_encoding_are_read(read: Read, tmp_path: Path) -> Non
     header = ("item_id", "Größe", "year", "tags")
     (tmp_path / "items.csv").write_bytes(csv_bytes(header, ITEMS, encoding="windows-1252"))
     assert list(columns(read(encoding="windows-1252"))) == ["Größe", "year", "tags"]
+
+
+def test_a_header_of_items_may_stand_below_blank_lines_and_run_over_two(read: Read, tmp_path: Path) -> None:
+    content = csv_bytes(ITEM_COLUMNS, ITEMS).replace(b",title,", b',"the\ntitle",', 1)
+    (tmp_path / "items.csv").write_bytes(b"\n" + content)
+    assert list(columns(read())) == ["the\ntitle", "year", "tags"]
+
+
+def test_a_path_spelled_otherwise_is_not_prepared_again(
+    read: Read, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read()
+    (tmp_path / "copy.csv").write_bytes((tmp_path / "events.csv").read_bytes())
+    caplog.set_level(logging.INFO)
+    read("./copy.csv", f"{tmp_path}/items.csv")
+    assert "; reused in" in caplog.text
+    (tmp_path / "copy.tsv").write_bytes((tmp_path / "events.csv").read_bytes())
+    with pytest.raises(DataError, match="not separated"):  # the ending says how it is read
+        read("copy.tsv")
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(read: Read, tmp_path: Path) -> None:
@@ -364,7 +385,8 @@ def test_datetimes_of_parquet_need_no_unit(read: Read, tmp_path: Path, time_unit
     [
         ("1396867869123", "s"), (1396867869123, "s"), ("-1", "s"), ("x", "s"), ("nan", "s"), ("inf", "s"), ("", "ms"),
         (float("nan"), "s"), (None, "s"), ("2014-04-07", "s"), ("1396867869", "iso"), ("07.04.2014", "iso"),
-        ("2014-13-07", "iso"), ("1.396867869e9", "s"), ("1960-01-01", "iso"), (datetime.datetime(1960, 1, 1), "s"), (None, "iso"),
+        ("2014-13-07", "iso"), ("1.396867869e9", "s"), ("1960-01-01", "iso"), (datetime.datetime(1960, 1, 1), "s"),
+        (None, "iso"),
     ],
 )  # fmt: skip
 def test_what_is_no_time_is_refused_with_its_row_and_the_remedy(value: object, unit: str) -> None:
@@ -373,6 +395,48 @@ def test_what_is_no_time_is_refused_with_its_row_and_the_remedy(value: object, u
     row = 3 if isinstance(value, str) else 2
     with pytest.raises(DataError, match=rf"e\.csv: row {row} has timestamp=.* under dataset\.timestamp_unit={unit}"):
         seconds(values, unit, None if value is not None else pl.Int64)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "unit"),
+    [(1396867869, pl.Float32, "s"), (2**24, pl.Float32, "s"), (2**53, pl.Float64, "us"), (1.4e18, pl.Float64, "ns")],
+)
+def test_floats_that_may_have_been_rounded_are_refused(value: float, kind: type[pl.DataType], unit: str) -> None:
+    with pytest.raises(DataError, match=rf"row 3 has timestamp=.*, which {kind.__name__} cannot tell .*whole numbers"):
+        seconds([float("nan") if value is None else 5, value], unit, kind)
+
+
+def test_floats_and_long_texts_that_are_exact_are_read() -> None:
+    assert seconds([2**24 - 1], kind=pl.Float32) == [2**24 - 1]
+    assert seconds([1396867869.9], kind=pl.Float64) == [1396867869]
+    assert seconds(["1396867869999999999.7"], "ns") == [1396867869]
+
+
+WRITTEN = st.one_of(
+    st.datetimes(timezones=st.none() | st.timezones()).map(lambda time: time.isoformat(" ")),
+    st.datetimes(timezones=st.just(datetime.UTC)).map(lambda time: time.isoformat().replace("+00:00", "Z")),
+    st.dates().map(str),
+    st.builds(
+        "{}{:04d}-{:02d}-{:02d}{}{:02d}:{:02d}:{:02d}{}{}{}".format,
+        st.sampled_from(["", " "]),
+        *(st.integers(0, 9999), st.integers(0, 13), st.integers(0, 32), st.sampled_from("T tx")),
+        *(st.integers(0, 25), st.integers(0, 61), st.integers(0, 61)),
+        st.sampled_from(["", ".", ".5", ".123456789123", ",5"]),
+        st.sampled_from(["", "Z", "z", "+01:00", "-23:59", "+24:00", "+0100", "+05:30:15", "-05"]),
+        st.sampled_from(["", " UTC", "\n", "UTC"]),
+    ),
+    st.text(st.sampled_from("0123456789-:T Z+.W"), max_size=20),
+)
+
+
+@given(st.lists(st.none() | WRITTEN, max_size=20))
+@settings(deadline=None, derandomize=True, max_examples=300)
+@example(
+    ["2014-04-07 10:51:60", "2014-02-29", "20140407", "2014-W15-1", "2014-04-07T10:51", "9999-12-31 23:59:59-01:00"]
+)
+def test_written_times_mean_what_python_takes_them_for(values: list[str | None]) -> None:
+    expected = [None if value is None else _iso_seconds(value) for value in values]
+    assert iso_seconds(pl.Series(values, dtype=pl.String)).to_list() == expected
 
 
 def test_times_of_no_fitting_type_are_refused() -> None:

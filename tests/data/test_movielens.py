@@ -98,7 +98,7 @@ def test_both_file_forms_read_the_same(read: Callable[..., SequenceDataModule], 
         ("u.data", b"1\t3\t5\n", r"u\.data: row 1 has 3 values, expected 4 \(user_id, movie_id"),
         ("u.data", b"1\t3\t5\t9\n1\t3\n", r"u\.data: row 2 has 2 values"),
         ("u.data", b"1\t3\t5\t9\n\n1\t3\t5\t8\n", r"u\.data: row 2 has 1 values"),
-        ("u.data", b"1\t3\t5\t9\n1\tthree\t5\t9\n", r"u\.data: row 2 has movie_id='three', which is not a whole"),
+        ("u.data", b"1\t3\t5\t9\n1\tthree\t5\t9\n", r"u\.data: row 2 names item 'three', which is not in"),
         ("u.data", b"1\t3\t5\t9.5\n", r"u\.data: row 1 has timestamp='9.5', which is not a whole number"),
         ("u.data", b"1\t3\t\t9\n", r"u\.data: row 1 has rating='', which is not a number"),
         ("u.data", b"", r"u\.data: is empty"),
@@ -172,7 +172,7 @@ def test_no_ratings_at_all_are_refused(read: Callable[..., SequenceDataModule], 
 def test_an_empty_value_in_parquet_is_refused_by_row(read: Callable[..., SequenceDataModule], tmp_path: Path) -> None:
     movies, ratings = tables()
     write_parquet(tmp_path, movies, ratings.with_columns(user_id=pl.Series([1, None, 1, 1, 1])))
-    with pytest.raises(DataError, match=r"row 2 has user_id=None, which is not a whole number"):
+    with pytest.raises(DataError, match=r"row 2 has no user id \(found None\)"):
         read()
 
 
@@ -261,7 +261,7 @@ def test_the_folder_that_the_archive_unpacks_to_is_found(
     [
         (b"2::20::5::90\n1::3::4\n", r"ratings\.dat: row 2 has 3 values, expected 4 .*: '1::3::4'"),
         (b"2::20::5::90\n1::3::4::5::6\n", r"row 2 has 5 values"),
-        (b"2::20::5::90\n1::x::4::5\n", r"row 2 has movie_id='x', which is not a whole number"),
+        (b"2::20::5::90\n1::x::4::5\n", r"row 2 names item 'x', which is not in the catalogue"),
         (b"2::20::5::90\n1::3::4::5.5\n", r"row 2 has timestamp='5\.5', which is not a whole number"),
         (b"2::20::good::90\n", r"row 1 has rating='good', which is not a number"),
         (b"2::20::5::90\n\n1::3::4::5\n", r"row 2 has 1 values"),
@@ -299,7 +299,7 @@ def test_no_genres_listed_is_no_genre(read: Callable[..., SequenceDataModule], t
 @pytest.mark.parametrize(
     ("ratings", "message"),
     [
-        (CSV_RATINGS + b"2,x,4.0,1112484820\n", r"ratings\.csv: row 5 has movieId='x', which is not a whole number"),
+        (CSV_RATINGS + b"2,x,4.0,1112484820\n", r"ratings\.csv: row 5 names item 'x', which is not in"),
         (CSV_RATINGS + b"2,2,4.0\n", r"ratings\.csv: row 5 has 3 values, expected 4 \(userId, movieId"),
         (CSV_RATINGS.replace(b"movieId", b"item"), r"has no column 'movieId'; expected .*, found \['userId', 'item'"),
         (CSV_RATINGS + b"2,77,4.0,1112484820\n", r"row 5 names item '77', which is not in the catalogue"),
@@ -310,6 +310,12 @@ def test_a_malformed_csv_is_refused_by_row(
 ) -> None:
     write_csv(tmp_path, ratings)
     with pytest.raises(DataError, match=message):
+        read(kind=MovieLensLatestSmall)
+
+
+def test_rows_of_movies_are_lines_of_the_file(read: Callable[..., SequenceDataModule], tmp_path: Path) -> None:
+    write_csv(tmp_path, movies=CSV_MOVIES + '10,"a title\nof two lines",Drama\n2,again,Drama\n')
+    with pytest.raises(DataError, match=r"movies\.csv: row 8 repeats movieId '2'"):
         read(kind=MovieLensLatestSmall)
 
 

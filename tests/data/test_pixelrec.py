@@ -102,7 +102,7 @@ def test_missing_files_are_named_with_where_to_get_them(build: Build, tmp_path: 
         ((INTERACTIONS + "v1,u1\n", INFORMATION), r"dataset/Pixel200K\.csv: row 7 has 2 values, expected 3"),
         ((INTERACTIONS + "v1,u1,now\n", INFORMATION), r"dataset/Pixel200K\.csv: row 7 has timestamp='now'"),
         ((INTERACTIONS + "v7,u1,1\n", INFORMATION), r"row 7 names item 'v7', which is not in the catalogue"),
-        ((INTERACTIONS, INFORMATION + "v1,1,2,x,y,z\n"), r"information/Pixel200K\.csv: row \d repeats item_id 'v1'"),
+        ((INTERACTIONS, INFORMATION + "v1,1,2,x,y,z\n"), r"information/Pixel200K\.csv: row 6 repeats item_id 'v1'"),
         ((INTERACTIONS, INFORMATION + "v4,1,2\n"), r"information/Pixel200K\.csv: row 6 has 3 values, expected 6"),
         ((INTERACTIONS, ""), r"information/Pixel200K\.csv: is empty; fetch the file again"),
     ],

@@ -11,10 +11,13 @@ from hllm.data.tables import (
     line_blocks,
     open_text,
     read_catalog,
+    read_csv_catalog,
     read_csv_chunks,
-    read_csv_table,
+    read_csv_header,
     read_delimited,
-    to_integers,
+    read_parquet,
+    read_parquet_chunks,
+    read_parquet_header,
     to_text,
 )
 from hllm.errors import DataError
@@ -54,9 +57,10 @@ def test_only_wanted_columns_of_a_table_are_kept_in_the_order_wanted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "TABLE_ROWS", 2)
-    path.write_text("a;b;c\n" + "1;2;3\n" * 5)
-    table = read_csv_table(path, ["c", "a"], separator=";")
-    assert table.to_dict(as_series=False) == {"c": ["3"] * 5, "a": ["1"] * 5}
+    path.write_text("a;b;c\n" + "".join(f"1;{n};3\n" for n in range(5)))
+    catalog = read_csv_catalog(path, ["c", "b", "a"], "b", separator=";")
+    assert catalog.ids.to_list() == list("01234")
+    assert {name: values.to_list() for name, values in catalog.fields.items()} == {"c": ["3"] * 5, "a": ["1"] * 5}
 
 
 @pytest.mark.parametrize("name", ["packed.gz", "packed.csv"])
@@ -88,10 +92,28 @@ def test_a_broken_delimited_file_is_refused_by_row(path: Path, data: bytes, mess
         read_delimited(path, "::", ["id", "title"])
 
 
-@pytest.mark.parametrize("values", [["1", "2.5"], [1, None], [1.0, 2.5], ["1", "x"]])
-def test_what_is_no_whole_number_is_refused_by_row(path: Path, values: list[object]) -> None:
-    with pytest.raises(DataError, match=r"new\.csv: row 3 has n=.*, which is not a whole number"):
-        to_integers(pl.DataFrame({"n": values}), "n", path, first_row=2)
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "a[1]" / "x*?.parquet"
+    path.parent.mkdir()
+    pl.DataFrame({"a": [1, 2]}).write_parquet(path)
+    assert read_parquet_header(path) == ["a"]
+    assert read_parquet(path, ["a"])["a"].to_list() == [1, 2]
+    assert [chunk["b"].to_list() for chunk in read_parquet_chunks(path, {"b": "a"})] == [[1, 2]]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\r\n\n", b"\xef\xbb\xbf\na,b\n", b"\na,b\n1,2\n"])
+def test_the_first_line_of_interactions_must_name_the_columns(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"new\.csv: is empty, or its first line is; that one must name the columns"):
+        read_csv_header(path)
+
+
+def test_quotes_of_a_block_are_looked_through_piece_by_piece(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "QUOTED_BYTES", 8)
+    path.write_text("a,b\n" + '"x,""y",2\n' * 9)
+    assert pl.concat(read_csv_chunks(path, {"a": "a"}))["a"].to_list() == ['x,"y'] * 9
+    assert tables._parse_at_once(b'"a""","b"\r\n"",""""\r\n' * 9, 2, ",") is not None
+    assert tables._parse_at_once(b'"a",b\n' * 9 + b'"a"c,b\n', 2, ",") is None
 
 
 def test_bytes_become_text_or_are_refused_by_row(path: Path) -> None:
