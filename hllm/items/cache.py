@@ -136,7 +136,7 @@ def _parts(job: _Job, parts: TextParts, corpus: TextParts | None) -> dict[str, A
     llm = job.llm
     device = choose_device(llm.device)
     made_from: dict[str, Any] = {
-        "texts": texts_digest(job.ids, parts.texts()),
+        "texts": texts_digest(job.ids, parts.each()),
         "llm": Path(job.files.name).name,  # a local folder may move
         "revision": llm.revision,
         "weights": weights_digest(job.files, job.cache_dir),

@@ -6,6 +6,7 @@ embeds nothing. I items, F fields, D width of the Item LLM.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def fuse(tables: Sequence[ItemTable], parts: TextParts, text: TextConfig) -> Ite
     """
     weights = field_weights(parts.names, text)
     columns = [column for (_, name), column in zip(parts.segments, parts.columns, strict=True) if name]
-    present = torch.tensor([[value != "" for value in column] for column in columns], dtype=torch.bool)  # (F, I)
+    present = torch.from_numpy(np.stack([np.fromiter(map(bool, column), dtype=bool) for column in columns]))  # (F, I)
     vectors = fuse_vectors([table.vectors for table in tables], present, text.fusion, weights)
     identity = {"fusion": text.fusion.value, "fields": [table.fingerprint for table in tables], "weights": weights}
     return ItemTable(tables[0].ids, vectors, fingerprint(identity))

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ def fingerprint(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def texts_digest(ids: Sequence[str], texts: Sequence[str]) -> str:
+def texts_digest(ids: Iterable[str], texts: Iterable[str]) -> str:
     """Hex sha256 over original ids and texts in order; each is quoted, so no two catalogues run together."""
-    digest = hashlib.sha256()
-    for pair in zip(ids, texts, strict=True):
-        digest.update(json.dumps(pair).encode())
+    digest, quoted = hashlib.sha256(), json.JSONEncoder().encode
+    for item, text in zip(ids, texts, strict=True):
+        digest.update(f"[{quoted(item)}, {quoted(text)}]".encode())  # a JSON list, several times as fast
     return digest.hexdigest()
 
 

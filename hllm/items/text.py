@@ -5,7 +5,7 @@ The form is the official code's: a prompt, then ``key: value`` for each field, w
 
 import logging
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -44,18 +44,27 @@ class TextParts:
 
     def values(self, row: int) -> list[tuple[str, str, str]]:
         """Literal, field and value of each segment that is in an item's text; none for an item without any field."""
-        values = [column[row] for column in self.columns]
+        return self._present([column[row] for column in self.columns])
+
+    def _present(self, values: Sequence[str]) -> list[tuple[str, str, str]]:
         if not any(values):
             return []
         segments = zip(self.segments, values, strict=True)
         return [(literal, name, value) for (literal, name), value in segments if value or not name]
 
     def text(self, row: int) -> str:
-        values = self.values(row)
-        return self.prompt + "".join(literal + value for literal, _, value in values) if values else ""
+        return self._join([column[row] for column in self.columns])
+
+    def _join(self, values: Sequence[str]) -> str:
+        present = self._present(values)
+        return self.prompt + "".join([literal + value for literal, _, value in present]) if present else ""
+
+    def each(self) -> Iterator[str]:
+        """The texts in order, made one by one: together they take as much memory as all the values."""
+        return map(self._join, zip(*self.columns, strict=True))
 
     def texts(self) -> list[str]:
-        return [self.text(row) for row in range(len(self))]
+        return list(self.each())
 
     def apart(self) -> list[Self]:
         """Each field alone: its texts are the prompt, its literal and its value, and "" where the item lacks it."""

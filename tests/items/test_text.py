@@ -1,3 +1,5 @@
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -5,6 +7,7 @@ import pytest
 from hllm.config import TextConfig
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
+from hllm.items.store import texts_digest
 from hllm.items.text import item_texts, text_parts
 
 PROMPT = "Compress the following sentence into embedding: "
@@ -85,3 +88,15 @@ def test_fields_apart_have_prompt_and_literal_each(movies: Catalog, text: TextCo
     assert title.text(1) == "Compress the following: title: " + movies.fields["title"][1]
     assert genres.text(1) == "Compress the following:  genres: " + movies.fields["genres"][1]
     assert title.text(7) == genres.text(7) == parts.text(7) == ""
+
+
+def test_a_digest_needs_no_two_texts_at_once(movies: Catalog, text: TextConfig) -> None:
+    parts = text_parts(movies, text)
+    pairs = zip(movies.ids, parts.texts(), strict=True)
+    expected = hashlib.sha256("".join(map(json.dumps, pairs)).encode()).hexdigest()
+    assert texts_digest(movies.ids, parts.each()) == expected
+    quotes = ['"', "\\ \n\x00é😀"]
+    assert (
+        texts_digest(quotes, quotes)
+        == hashlib.sha256("".join(json.dumps([one, one]) for one in quotes).encode()).hexdigest()
+    )
