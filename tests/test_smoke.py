@@ -48,7 +48,7 @@ def test_two_processes_count_every_user_once(movielens_folder: Path, id_run: Run
 def test_a_data_error_is_one_line(tmp_path: Path) -> None:
     done = run("hllm.train", tmp_path / "run", "debug=smoke", f"dataset.root={tmp_path}")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: dataset.root={tmp_path}: holds neither")
+    assert done.stderr.startswith(f"error: dataset.root={tmp_path}: needs u.data and u.item or ")
     assert "Traceback" not in done.stderr
 
 

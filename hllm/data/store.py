@@ -126,7 +126,10 @@ class PreparedStore:
         except FileNotFoundError:
             return None
         except OSError as error:  # a failing disk or missing rights say nothing of the content
-            raise CacheError(f"cannot read {error.filename or self.folder}: {error.strerror or error}") from error
+            raise CacheError(
+                f"cannot read {error.filename or self.folder}: {error.strerror or error}. Mend the rights there, or "
+                "choose another folder with cache_dir= or the variable HLLM_CACHE"
+            ) from error
         except (ValueError, LookupError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
             log.warning("%s: torn or altered (%s); preparing it anew", self.folder, error)
             return None
