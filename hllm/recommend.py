@@ -13,9 +13,9 @@ from torch import Tensor
 from hllm.build import build_datamodule, build_module, cache_dir
 from hllm.cli import parse, quiet_libraries, report_errors
 from hllm.config import Config
+from hllm.data.delimited import read_catalog
 from hllm.data.lookup import find_row
 from hllm.data.schema import Batch, Catalog
-from hllm.data.tables import read_catalog
 from hllm.errors import ConfigError
 from hllm.evaluate import checkpoint_config, load_checkpoint
 from hllm.items.cache import embed_catalog

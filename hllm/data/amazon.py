@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from hllm.config import AmazonConfig, CatalogItems, DatasetConfig, FilterConfig, UnknownItems
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.delimited import read_csv_catalog, read_csv_chunks
 from hllm.data.schema import Catalog
-from hllm.data.tables import find_pair, line_blocks, read_csv_catalog, read_csv_chunks, to_catalog
+from hllm.data.tables import find_pair, line_blocks, to_catalog
 from hllm.errors import DataError
 
 COUNTS = {

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol
-from hllm.data import tables
+from hllm.data import delimited, tables, values
 from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Array32, Array64, Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
@@ -172,7 +172,7 @@ class SequenceDataModule(DataModule):
     @abstractmethod
     def read_events(self, files: RawFiles) -> Iterator[pl.DataFrame]:
         """The interactions in file order, chunk by chunk: columns user, item, timestamp and, where there are any,
-        rating. Values may be of any type: ``prepare.check_events`` casts them and refuses what is wrong.
+        rating. Values may be of any type: ``values.check_events`` casts them and refuses what is wrong.
 
         Raises:
             DataError: naming file and row.
@@ -218,7 +218,10 @@ class SequenceDataModule(DataModule):
             **chosen,
             "filter": _plain(rules, vars(rules)),
             "by_appearance": self._by_appearance,
-            "code": [file_digest(Path(inspect.getfile(part))) for part in (prepare, PreparedStore, tables, type(self))],
+            "code": [
+                file_digest(Path(inspect.getfile(part)))
+                for part in (prepare, PreparedStore, values, tables, delimited, type(self))
+            ],
         }
 
     @property

@@ -15,21 +15,18 @@ import polars as pl
 
 from hllm.config import CustomConfig, TimestampUnit
 from hllm.data.base import RawFiles, SequenceDataModule
-from hllm.data.prepare import LATEST, is_rounded
+from hllm.data.delimited import read_csv_catalog, read_csv_chunks, read_csv_header, read_records_header
 from hllm.data.schema import Catalog
 from hllm.data.tables import (
     plain_text,
-    read_csv_catalog,
-    read_csv_chunks,
-    read_csv_header,
     read_json_lines,
     read_parquet,
     read_parquet_chunks,
     read_parquet_header,
-    read_records_header,
     to_catalog,
     to_text,
 )
+from hllm.data.values import LATEST, is_rounded
 from hllm.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -11,17 +11,9 @@ from pathlib import Path
 import polars as pl
 
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.delimited import read_csv_catalog, read_csv_chunks, read_delimited, read_delimited_chunks
 from hllm.data.schema import Catalog
-from hllm.data.tables import (
-    find_pair,
-    read_csv_catalog,
-    read_csv_chunks,
-    read_delimited,
-    read_delimited_chunks,
-    read_parquet,
-    to_catalog,
-    to_text,
-)
+from hllm.data.tables import find_pair, read_parquet, to_catalog, to_text
 
 GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",

@@ -10,8 +10,9 @@ import polars as pl
 
 from hllm.config import FilterConfig, PixelRecConfig
 from hllm.data.base import Counts, RawFiles, SequenceDataModule
+from hllm.data.delimited import read_csv_catalog, read_csv_chunks
 from hllm.data.schema import Catalog
-from hllm.data.tables import find_pair, read_csv_catalog, read_csv_chunks
+from hllm.data.tables import find_pair
 
 COUNTS = {
     "200K": Counts(interactions=3_965_656, users=200_000, items=96_282),

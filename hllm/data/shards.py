@@ -24,10 +24,10 @@ import numpy.typing as npt
 import polars as pl
 from tqdm import tqdm
 
-from hllm.data.prepare import LATEST, to_ids
 from hllm.data.schema import Array32, Array64, Catalog, Interactions
 from hllm.data.splits import leave_one_out_ends, ranges, train_counts
 from hllm.data.tables import check_header, to_catalog
+from hllm.data.values import LATEST, to_ids
 from hllm.disk import locked, write_whole, writing
 from hllm.errors import CacheError, ConfigError, DataError
 

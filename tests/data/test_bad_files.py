@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hllm.config import CustomConfig
 from hllm.data import tables
 from hllm.data.custom import CustomData
+from hllm.data.delimited import read_csv_catalog, read_csv_chunks, read_records_header
 from hllm.data.prepare import RawEvents
-from hllm.data.tables import read_csv_catalog, read_csv_chunks, read_parquet, read_records_header, to_catalog
+from hllm.data.tables import read_parquet, to_catalog
 from hllm.errors import DataError
 
 COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}

@@ -11,9 +11,9 @@ import torch
 from hllm.build import build_datamodule
 from hllm.config import Config, DatasetConfig, TextConfig, compose
 from hllm.data.base import SequenceDataModule
+from hllm.data.delimited import read_delimited_chunks
 from hllm.data.movielens import GENRES, MOVIES, RATINGS, MovieLens1M, MovieLens20M, MovieLens100K, MovieLensLatestSmall
 from hllm.data.schema import Batch, Catalog
-from hllm.data.tables import read_delimited_chunks
 from hllm.errors import DataError
 from hllm.metrics import RankingMetrics, target_ranks
 

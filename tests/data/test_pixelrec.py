@@ -116,6 +116,6 @@ def test_a_malformed_file_is_refused_by_file_and_row(
 
 
 def test_a_table_of_many_parts_reads_as_one(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hllm.data.tables.TABLE_ROWS", 1)
+    monkeypatch.setattr("hllm.data.delimited.TABLE_ROWS", 1)
     write(tmp_path)
     assert build(*SMALL).catalog.titles == ["A cat, asleep", "Rain", "Noodles"]

@@ -6,20 +6,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hllm.data import tables
-from hllm.data.tables import (
-    line_blocks,
-    open_text,
-    read_catalog,
-    read_csv_catalog,
-    read_csv_chunks,
-    read_csv_header,
-    read_delimited,
-    read_parquet,
-    read_parquet_chunks,
-    read_parquet_header,
-    to_text,
-)
+from hllm.data import delimited, tables
+from hllm.data.delimited import read_catalog, read_csv_catalog, read_csv_chunks, read_csv_header, read_delimited
+from hllm.data.tables import line_blocks, open_text, read_parquet, read_parquet_chunks, read_parquet_header, to_text
 from hllm.errors import DataError
 
 
@@ -56,7 +45,7 @@ def test_a_file_without_a_header_is_read_by_the_names_given(path: Path) -> None:
 def test_only_wanted_columns_of_a_table_are_kept_in_the_order_wanted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "TABLE_ROWS", 2)
+    monkeypatch.setattr(delimited, "TABLE_ROWS", 2)
     path.write_text("a;b;c\n" + "".join(f"1;{n};3\n" for n in range(5)))
     catalog = read_csv_catalog(path, ["c", "b", "a"], "b", separator=";")
     assert catalog.ids.to_list() == list("01234")
@@ -109,11 +98,11 @@ def test_the_first_line_of_interactions_must_name_the_columns(path: Path, data: 
 
 
 def test_quotes_of_a_block_are_looked_through_piece_by_piece(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "QUOTED_BYTES", 8)
+    monkeypatch.setattr(delimited, "QUOTED_BYTES", 8)
     path.write_text("a,b\n" + '"x,""y",2\n' * 9)
     assert pl.concat(read_csv_chunks(path, {"a": "a"}))["a"].to_list() == ['x,"y'] * 9
-    assert tables._parse_at_once(b'"a""","b"\r\n"",""""\r\n' * 9, 2, ",") is not None
-    assert tables._parse_at_once(b'"a",b\n' * 9 + b'"a"c,b\n', 2, ",") is None
+    assert delimited._parse_at_once(b'"a""","b"\r\n"",""""\r\n' * 9, 2, ",") is not None
+    assert delimited._parse_at_once(b'"a",b\n' * 9 + b'"a"c,b\n', 2, ",") is None
 
 
 def test_bytes_become_text_or_are_refused_by_row(path: Path) -> None:

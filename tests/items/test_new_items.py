@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from hllm.data.tables import read_catalog
+from hllm.data.delimited import read_catalog
 from hllm.evaluate import checkpoint_config
 from hllm.recommend import Recommendations
 
