@@ -104,10 +104,6 @@ class DataModule(L.LightningDataModule, ABC):
     def history(self, user: str) -> tuple[Array32, Array64] | None:
         """(E,) item ids and (E,) times in seconds of everything a user, by original id, did; None: no such user."""
 
-    def filter_of(self, files: RawFiles) -> FilterConfig:
-        """What is applied to these files: ``dataset.filter``, less what they went through before publication."""
-        return self.config.filter
-
     @abstractmethod
     def setup(self, stage: str | None = None) -> None: ...
 
@@ -188,6 +184,10 @@ class SequenceDataModule(DataModule):
         Raises:
             DataError: naming file and row.
         """
+
+    def filter_of(self, files: RawFiles) -> FilterConfig:
+        """What is applied to these files: ``dataset.filter``, less what they went through before publication."""
+        return self.config.filter
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "interactions"):

@@ -32,18 +32,6 @@ HEAD = ["dataset=amazon", "dataset.category=Tiny"]
 Build = Callable[..., SequenceDataModule]
 
 
-@pytest.fixture
-def build(tmp_path: Path) -> Build:
-    """The data module of a composed config, on the files of ``tmp_path``."""
-
-    def module(*overrides: str) -> SequenceDataModule:
-        data = build_datamodule(compose([*overrides, f"dataset.root={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]))
-        assert isinstance(data, SequenceDataModule)
-        return data
-
-    return module
-
-
 def write_reviews(folder: Path, reviews: list[tuple[str, str, int]] = REVIEWS, **more: Any) -> Path:
     lines = [
         json.dumps({"reviewerID": user, "asin": item, "unixReviewTime": day * DAY, **more}) + "\n"

@@ -24,16 +24,6 @@ SMALL = ["dataset=pixelrec_200k", "dataset.check_counts=false"]
 Build = Callable[..., SequenceDataModule]
 
 
-@pytest.fixture
-def build(tmp_path: Path) -> Build:
-    def module(*overrides: str) -> SequenceDataModule:
-        data = build_datamodule(compose([*overrides, f"dataset.root={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]))
-        assert isinstance(data, SequenceDataModule)
-        return data
-
-    return module
-
-
 def write(
     folder: Path, names: tuple[str, str] = LAYOUTS[0], texts: tuple[str, str] = (INTERACTIONS, INFORMATION)
 ) -> None:
