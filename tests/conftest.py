@@ -12,7 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from hllm.build import build_datamodule
 from hllm.config import Config, Dtype, LLMConfig, TextConfig, compose
+from hllm.data.base import SequenceDataModule
 from hllm.data.schema import Catalog
 from hllm.evaluate import Evaluation
 from hllm.train import train
@@ -220,3 +222,15 @@ def id_run(run_training: Callable[..., Run]) -> Run:
 @pytest.fixture(scope="session")
 def cached_run(run_training: Callable[..., Run]) -> Run:
     return run_training("items=cached")
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., SequenceDataModule]:
+    """The data module of a composed config, on the files of ``tmp_path``."""
+
+    def module(*overrides: str) -> SequenceDataModule:
+        data = build_datamodule(compose([*overrides, f"dataset.root={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]))
+        assert isinstance(data, SequenceDataModule)
+        return data
+
+    return module
