@@ -7,7 +7,7 @@ starts with the flag to change.
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -107,11 +107,28 @@ class Selection(Enum):
 
 
 class Pooling(Enum):
-    """Which hidden states of the last layer become the item vector."""
+    """Which hidden states of the last layer become the item vector: ``item`` is that of a learned [ITEM] token which
+    stands behind the text."""
 
+    item = "item"
     last = "last"
     mean = "mean"
     cls = "cls"
+
+
+class Positions(Enum):
+    """Position numbers of an item's tokens: 0, 1, 2, ..., or such that the token behind the text is ``max_tokens``."""
+
+    start = "start"
+    end = "end"
+
+
+class Packing(Enum):
+    """How the items of a step go through the Item LLM: end to end without padding, or in padded batches by length."""
+
+    auto = "auto"
+    packed = "packed"
+    padded = "padded"
 
 
 class Dtype(Enum):
@@ -124,8 +141,9 @@ class Dtype(Enum):
 
 
 class Transform(Enum):
-    """Fixed map applied to the cached item vectors, fitted on the training catalogue."""
+    """Fixed map applied to the cached item vectors, fitted on the training catalogue; ``raw`` leaves them alone."""
 
+    raw = "raw"
     none = "none"
     center = "center"
     whiten = "whiten"
@@ -134,6 +152,7 @@ class Transform(Enum):
 class Adaptor(Enum):
     """Trained map from the Item LLM's width to the user model's."""
 
+    none = "none"
     linear = "linear"
     mlp = "mlp"
 
@@ -161,6 +180,30 @@ class Similarity(Enum):
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
+
+
+class Decay(Enum):
+    """Which weights are decayed."""
+
+    matrices = "matrices"
+    all = "all"
+
+
+class ScoreDtype(Enum):
+    """Arithmetic of similarities, softmax and ranking."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Strategy(Enum):
+    """How several processes share the work; ``auto`` is plain on one device and ddp on more."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    deepspeed_stage_2 = "deepspeed_stage_2"
+    deepspeed_stage_3 = "deepspeed_stage_3"
 
 
 class WandbMode(Enum):
@@ -454,7 +497,13 @@ class LLMConfig:
     "The GGUF file inside the folder, for models stored that way."
     revision: str | None = None
     "Commit, branch or tag on the hub."
+    pretrained: bool = True
+    "False keeps the architecture and draws the weights anew, as its configuration says."
+    num_layers: int | None = None
+    "Layers of the model, the first ones; unset takes all. More than it has needs pretrained=false."
     pooling: Pooling = Pooling.last
+    positions: Positions = Positions.start
+    "end is the official code's: no matter to rotary models, another vector from a BERT."
     max_tokens: int = 256
     "Longer item texts keep their first max_tokens tokens."
     token_budget: int | None = None
@@ -479,6 +528,8 @@ class LLMConfig:
             "choose of auto, cpu, cuda, cuda:N",
         )
         _at_least("llm.max_tokens", self.max_tokens, 1)
+        if self.num_layers is not None:
+            _at_least("llm.num_layers", self.num_layers, 1)
         _at_least("llm.shard_items", self.shard_items, 1)
         _require(
             self.token_budget is None or self.token_budget >= self.max_tokens,
@@ -499,10 +550,51 @@ class ItemsConfig:
 class IdItemsConfig(ItemsConfig):
     """A learned table, one row an item: the baseline that knows nothing but ids."""
 
+    dim: int | None = None
+    "Width of the table; unset is the user model's. Where they differ, a linear map without bias stands between."
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.dim is not None:
+            _at_least("items.dim", self.dim, 1)
         _fraction("items.dropout", self.dropout)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank updates of a language model's linear layers in place of its weights (arXiv 2106.09685)."""
+
+    rank: int | None = None
+    "Unset trains the weights themselves."
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _at_least("lora.rank", self.rank, 1)
+        _fraction("lora.dropout", self.dropout)
+
+
+@dataclass
+class TuningConfig:
+    """What of a language model is trained, and how its activations are kept."""
+
+    freeze: list[str] = field(default_factory=list)
+    "Beginnings of parameter names that stay as they are, e.g. [embed_tokens, layers.0.]; [all] is the whole model."
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    "Compute each layer's activations again in the backward pass instead of keeping them."
+
+
+@dataclass
+class LLMItemsConfig(ItemsConfig):
+    """The Item LLM itself, trained with everything else (HLLM, arXiv 2409.12740)."""
+
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    packing: Packing = Packing.auto
+    "auto: packed on GPUs in 16-bit arithmetic, padded elsewhere."
+    grad_cache: bool = False
+    "Encode a step's items twice, so that one pack's activations are held at a time (GradCache, arXiv 2101.06983)."
 
 
 @dataclass
@@ -529,17 +621,30 @@ class UserConfig:
 
     name: str = MISSING
     _target_: str = MISSING
-    num_layers: int = 2
-    dim: int = 64
-    "Width of the user model and of the space in which items are scored."
+
+
+@dataclass
+class LLMUserConfig(UserConfig):
+    """A causal language model that reads item vectors in place of words."""
+
+    llm: LLMConfig | None = None
+    "Which one: llm@user.llm=NAME; unset is the one of the group llm."
+    pretrained: bool = True
+    "False keeps the architecture and draws the weights anew."
+    num_layers: int | None = None
+    "Layers, the first ones; unset takes all. More than the model has needs pretrained=false."
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
-        _at_least("user.num_layers", self.num_layers, 1)
-        _at_least("user.dim", self.dim, 1)
+        if self.num_layers is not None:
+            _at_least("user.num_layers", self.num_layers, 1)
 
 
 @dataclass
 class TransformerConfig(UserConfig):
+    num_layers: int = 2
+    dim: int = 64
+    "Width of the user model and of the space in which items are scored."
     num_heads: int = 2
     ffn_dim: int | None = None
     "Width inside the feed-forward layers; unset is 4 x dim."
@@ -553,7 +658,8 @@ class TransformerConfig(UserConfig):
     relative_position_bias: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _at_least("user.num_layers", self.num_layers, 1)
+        _at_least("user.dim", self.dim, 1)
         _at_least("user.num_heads", self.num_heads, 1)
         _require(
             self.dim % self.num_heads == 0,
@@ -574,6 +680,8 @@ class HeadConfig:
     temperature: float = 0.07
     learned: bool = False
     "Train the temperature; its inverse is kept within [1, 100]."
+    score_dtype: ScoreDtype = ScoreDtype.float32
+    "Of similarities, loss and ranking; bfloat16 is the official code's, whose scores tie."
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "head.temperature", self.temperature, "must be above 0")
@@ -609,6 +717,10 @@ class NCELossConfig(LossConfig):
     "Uniform negatives, drawn once a step and shared by all positions."
     in_batch: bool = True
     "Also score the other positions' targets as negatives, each item once."
+    mask_history: bool = False
+    "No item of a training row is a negative of that row's positions."
+    similarity_threshold: float | None = None
+    "Negatives whose cosine with the target is above this are masked as well; the official code's 0.99 lets a model collapse."
 
     def __post_init__(self) -> None:
         _at_least("loss.num_negatives", self.num_negatives, 0)
@@ -618,19 +730,32 @@ class NCELossConfig(LossConfig):
             self.num_negatives,
             "no negatives at all: set loss.in_batch=true or loss.num_negatives above 0",
         )
+        if self.similarity_threshold is not None:
+            _require(
+                -1 < self.similarity_threshold < 1,
+                "loss.similarity_threshold",
+                self.similarity_threshold,
+                "is a cosine: must be above -1 and below 1",
+            )
 
 
 @dataclass
 class OptimizerConfig:
     lr: float = 1e-3
+    llm_lr: float | None = None
+    "Of language models' own weights; unset is lr."
     weight_decay: float = 0.01
-    "Applied to matrices only: norms, biases and the temperature are not decayed."
+    decay: Decay = Decay.matrices
+    "matrices: not norms, biases, the [ITEM] token and the temperature; all: the official code's."
     schedule: Schedule = Schedule.cosine
     warmup_ratio: float = 0.05
     "Share of all steps in which the learning rate rises from 0."
+    first_step_zero: bool = False
+    "The first step's rate is 0, as in the official code; otherwise it is one warm-up step."
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "must be above 0")
+        for name, lr in (("lr", self.lr), ("llm_lr", self.llm_lr)):
+            _require(lr is None or 0 < lr < float("inf"), f"optimizer.{name}", lr, "must be above 0")
         _at_least("optimizer.weight_decay", self.weight_decay, 0)
         _fraction("optimizer.warmup_ratio", self.warmup_ratio)
 
@@ -643,6 +768,8 @@ class TrainerConfig:
     "Processes on each machine."
     num_nodes: int = 1
     "Machines; see docs/scale.md."
+    strategy: Strategy = Strategy.auto
+    "fsdp shards weights, gradients and optimizer over the processes (FSDP2); deepspeed_* need that package."
     precision: str = "32-true"
     gradient_clip_val: float | None = 1.0
     accumulate_grad_batches: int = 1
@@ -687,9 +814,22 @@ class CallbacksConfig:
     "What early stopping watches and the best checkpoint maximises."
     patience: int = 10
     "Epochs without improvement before training stops."
+    checkpoint_steps: int | None = None
+    "Also write last.ckpt every so many optimizer steps; resuming from it goes on in the middle of the epoch."
+    collapse_cosine: float = 0.999
+    "items=llm: mean cosine between a step's item vectors above which they count as alike."
+    collapse_negatives: float = 0.05
+    "items=llm: share of the negatives left unmasked below which they count as lost."
+    collapse_patience: int = 5
+    "Stop after so many logged steps in a row that count as either, after the warm-up."
 
     def __post_init__(self) -> None:
         _at_least("callbacks.patience", self.patience, 1)
+        if self.checkpoint_steps is not None:
+            _at_least("callbacks.checkpoint_steps", self.checkpoint_steps, 1)
+        _require(0 < self.collapse_cosine <= 1, "callbacks.collapse_cosine", self.collapse_cosine, "must be within (0, 1]")
+        _fraction("callbacks.collapse_negatives", self.collapse_negatives)
+        _at_least("callbacks.collapse_patience", self.collapse_patience, 1)
 
 
 @dataclass
@@ -742,6 +882,8 @@ class Config:
     "Downloads and item embeddings, shared by all runs."
     ckpt: str | None = None
     "A last.ckpt to resume from."
+    init: str | None = None
+    "Weights to start from: a checkpoint of hllm.train, or the official code's pytorch_model.bin."
     optimized_metric: str = "val/ndcg@10"
     "What train() returns to a sweeper."
     experiment_name: str | None = None
@@ -765,13 +907,59 @@ class Config:
                 "time from the end of the row tells early positions about the future; it needs "
                 "dataset.train_rows=prefixes, where only the last position is trained",
             )
+        if isinstance(self.items, LLMItemsConfig):
+            self._check_llm_items()
+        _require(
+            self.init is None or self.ckpt is None,
+            "init",
+            self.init,
+            "gives the weights that a new run starts from, ckpt the run that goes on: give one of them",
+        )
+        if self.trainer.strategy is not Strategy.auto and self.trainer.strategy is not Strategy.ddp:
+            _require(
+                self.trainer.precision != "16-mixed",
+                "trainer.precision",
+                self.trainer.precision,
+                f"trainer.strategy={self.trainer.strategy.name} goes with 32-true, bf16-mixed and bf16-true",
+            )
+
+    def _check_llm_items(self) -> None:
+        _require(
+            self.dataset.text.fusion is Fusion.none,
+            "dataset.text.fusion",
+            self.dataset.text.fusion.name,
+            "joins stored vectors; items=llm reads one text an item: choose none",
+        )
+        _require(
+            self.llm.dtype is Dtype.auto,
+            "llm.dtype",
+            self.llm.dtype.name,
+            "is that of stored vectors; with items=llm choose trainer.precision=32-true, bf16-mixed or bf16-true",
+        )
+
+    @property
+    def user_llm(self) -> LLMConfig | None:
+        """The User LLM, or None where another model reads the history."""
+        if not isinstance(self.user, LLMUserConfig):
+            return None
+        return replace(self.user.llm or self.llm, pretrained=self.user.pretrained, num_layers=self.user.num_layers)
+
+    @property
+    def user_layers(self) -> str:
+        """Layers of the user model, for names and tags."""
+        layers = self.user.num_layers if isinstance(self.user, LLMUserConfig | TransformerConfig) else None
+        return "all" if layers is None else str(layers)
 
     @property
     def system(self) -> str:
         """Short name of the system: what stands in tables beside the loss."""
+        plain = isinstance(self.user, TransformerConfig)
+        if isinstance(self.items, LLMItemsConfig):
+            return f"hllm-joint-{self.llm.name}" + ("-transformer" if plain else "")
         if isinstance(self.items, CachedItemsConfig):
-            return f"hllm-{self.llm.name}"
-        return "sasrec" if isinstance(self.user, TransformerConfig) else f"{self.items.name}-{self.user.name}"
+            return f"hllm-{self.llm.name}" + ("" if plain else "-llm")
+        user_llm = self.user_llm
+        return "sasrec" if user_llm is None else f"sasrec-{user_llm.name}"
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -783,8 +971,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sharded": ShardedConfig,
     },
     "llm": {"base": LLMConfig},
-    "items": {"id": IdItemsConfig, "cached": CachedItemsConfig},
-    "user": {"transformer": TransformerConfig},
+    "items": {"id": IdItemsConfig, "cached": CachedItemsConfig, "llm": LLMItemsConfig},
+    "user": {"transformer": TransformerConfig, "llm": LLMUserConfig},
     "loss": {"ce": CELossConfig, "nce": NCELossConfig},
 }
 

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "hydra-core", 
 
 def run_name(config: Config) -> str:
     """Dataset, system, loss, layers and seed: enough to tell two runs of a sweep apart."""
-    return f"{config.dataset.name}-{config.system}-{config.loss.name}-{config.user.num_layers}layers-seed{config.seed}"
+    return f"{config.dataset.name}-{config.system}-{config.loss.name}-{config.user_layers}layers-seed{config.seed}"
 
 
 def run_tags(config: Config) -> list[str]:
@@ -38,7 +38,7 @@ def run_tags(config: Config) -> list[str]:
         f"dataset:{config.dataset.name}",
         f"system:{config.system}",
         f"loss:{config.loss.name}",
-        f"layers:{config.user.num_layers}",
+        f"layers:{config.user_layers}",
     ]
     if config.system.startswith("hllm"):
         tags.append(f"llm:{config.llm.name}")
