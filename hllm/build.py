@@ -9,17 +9,32 @@ from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
-from hllm.config import CachedItemsConfig, Config, Dtype, IdItemsConfig, to_plain
+from hllm.config import (
+    CachedItemsConfig,
+    Config,
+    Dtype,
+    IdItemsConfig,
+    LLMItemsConfig,
+    LLMUserConfig,
+    TransformerConfig,
+    to_plain,
+)
 from hllm.data.base import DataModule
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
-from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16
+from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16, load_trainable
 from hllm.items.cache import ItemEmbeddingCache
+from hllm.items.encoder import check_fit, check_vocabulary
+from hllm.items.files import locate
+from hllm.items.llm import LLMItems
 from hllm.items.text import default_template
+from hllm.items.tokens import catalog_tokens
 from hllm.items.tower import CachedItems, IdItems, ItemTower
 from hllm.module import Recommender
+from hllm.users.llm import UserLLM
 
 
 def cache_dir(config: Config) -> Path:
@@ -44,7 +59,7 @@ def pin_template(config: Config, catalog: Catalog) -> Config:
     New items are read by it too, and their file may have other columns.
     """
     text = config.dataset.text
-    if text.template is not None or not isinstance(config.items, CachedItemsConfig):
+    if text.template is not None or isinstance(config.items, IdItemsConfig):
         return config
     return replace(config, dataset=replace(config.dataset, text=replace(text, template=default_template(catalog))))
 
@@ -58,10 +73,22 @@ def build_datamodule(config: Config) -> DataModule:
 
 
 def build_module(config: Config, datamodule: DataModule) -> Recommender:
-    """The model, with fresh weights. Cached item vectors are attached later, by ``ItemEmbeddingCache``."""
+    """The model, with fresh or pretrained weights. Cached item vectors are attached later, by ``ItemEmbeddingCache``.
+
+    Raises:
+        ConfigError, LLMError: a language model cannot be had, or does not fit its place.
+    """
+    users: nn.Module
+    if isinstance(config.user, TransformerConfig):
+        # items first: published numbers come from weights drawn in this order
+        items = _build_items(config, datamodule, config.user.dim)
+        users = get_class(config.user._target_)(config.user, config.dataset.max_history)
+    else:
+        users = _build_user_llm(config)
+        items = _build_items(config, datamodule, users.dim)
     return Recommender(
-        items=_build_items(config, datamodule.num_items),
-        users=get_class(config.user._target_)(config.user, config.dataset.max_history),
+        items=items,
+        users=users,
         head=SimilarityHead(config.head),
         loss=get_class(config.loss._target_)(config.loss),
         optimizer=config.optimizer,
@@ -77,12 +104,26 @@ def build_module(config: Config, datamodule: DataModule) -> Recommender:
     )
 
 
-def _build_items(config: Config, num_items: int) -> ItemTower:
+def _build_user_llm(config: Config) -> UserLLM:
+    llm = config.user_llm
+    assert llm is not None and isinstance(config.user, LLMUserConfig)
+    model, _ = load_trainable(locate(llm, cache_dir(config), weights=llm.pretrained), llm)
+    return UserLLM(model, config.user, config.dataset.max_history)
+
+
+def _build_items(config: Config, datamodule: DataModule, dim: int) -> ItemTower:
     if isinstance(config.items, CachedItemsConfig):
-        return CachedItems(config.items, config.user.dim)
+        return CachedItems(config.items, dim)
     if isinstance(config.items, IdItemsConfig):
-        return IdItems(config.items, num_items, config.user.dim)
-    raise ConfigError(f"items={config.items.name}: no such item tower; choose cached or id")
+        return IdItems(config.items, datamodule.num_items, dim)
+    assert isinstance(config.items, LLMItemsConfig)
+    llm, cache = config.llm, cache_dir(config)
+    files = locate(llm, cache, weights=llm.pretrained)
+    model, tokenizer = load_trainable(files, llm)
+    check_fit(files.name, model, tokenizer, llm)
+    tokens = catalog_tokens(datamodule.catalog, config.dataset.text, llm, files, tokenizer, cache)
+    check_vocabulary(files.name, model, tokens)
+    return LLMItems(model, tokens, llm, config.items, dim)
 
 
 def item_callbacks(config: Config) -> list[Callback]:

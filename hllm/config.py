@@ -717,6 +717,8 @@ class NCELossConfig(LossConfig):
     "Uniform negatives, drawn once a step and shared by all positions."
     in_batch: bool = True
     "Also score the other positions' targets as negatives, each item once."
+    distinct: bool = True
+    "Score an item once however often it was drawn; false counts it each time, as the official code."
     mask_history: bool = False
     "No item of a training row is a negative of that row's positions."
     similarity_threshold: float | None = None
@@ -922,6 +924,19 @@ class Config:
                 self.trainer.precision,
                 f"trainer.strategy={self.trainer.strategy.name} goes with 32-true, bf16-mixed and bf16-true",
             )
+
+        _require(
+            self.head.score_dtype is ScoreDtype.float32 or isinstance(self.loss, NCELossConfig),
+            "head.score_dtype",
+            self.head.score_dtype.name,
+            f"loss={self.loss.name} computes in float32; choose a loss=nce",
+        )
+        _require(
+            not isinstance(self.items, CachedItemsConfig) or self.llm.pretrained,
+            "llm.pretrained",
+            self.llm.pretrained,
+            "items=cached stores the vectors of a trained model; items=llm trains one from scratch",
+        )
 
     def _check_llm_items(self) -> None:
         _require(

@@ -24,6 +24,7 @@ class SimilarityHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.cosine = config.similarity is Similarity.cosine
+        self.score_dtype: torch.dtype = getattr(torch, config.score_dtype.value)
         log_scale = torch.tensor(-math.log(config.temperature))
         self.learned = config.learned
         if config.learned:
@@ -40,9 +41,10 @@ class SimilarityHead(nn.Module):
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.cosine else vectors
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Every user with every item: (N, D), (M, D) -> (N, M) float32, under mixed precision as well.
+        """Every user with every item: (N, D), (M, D) -> (N, M) in ``score_dtype``, under mixed precision as well.
 
         Scores rounded to bfloat16 tie: over 1,682 items a random target ties for three users of four.
         """
         with torch.autocast(users.device.type, enabled=False):
-            return (self.prepare(users.float()) * self.scale()) @ self.prepare(items.float()).T
+            dtype = self.score_dtype
+            return (self.prepare(users.to(dtype)) * self.scale().to(dtype)) @ self.prepare(items.to(dtype)).T

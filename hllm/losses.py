@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hllm.config import CELossConfig, NCELossConfig
+from hllm.distributed import from_first
 from hllm.head import SimilarityHead
 
 
@@ -25,24 +26,44 @@ class Candidates:
         ids: (M,) unique item ids, ascending; every target is among them.
         negative: (M,) bool, true for items that are negatives of all positions but those they are the target of; the
             others are there as positives only.
+        counts: (M,) how often a negative counts; None counts each once.
     """
 
     ids: Tensor
     negative: Tensor
+    counts: Tensor | None = None
+
+    def offered(self) -> Tensor:
+        """() negatives before any is masked."""
+        return (self.negative if self.counts is None else self.negative * self.counts).sum()
 
 
 class Loss(nn.Module, ABC):
     """What the module asks of a loss."""
 
+    mask_history = False
+    "No item of a training row is a negative of that row's positions."
+
     @abstractmethod
     def candidates(self, targets: Tensor, num_items: int) -> Candidates:
-        """Which items to score, for (N,) targets in 1..num_items."""
+        """Which items to score, for the (N,) targets of all processes, in 1..num_items; the same in each of them."""
 
     @abstractmethod
     def forward(
-        self, users: Tensor, items: Tensor, candidates: Candidates, targets: Tensor, head: SimilarityHead
-    ) -> Tensor:
-        """() mean loss over positions; users (N, D), items (M, D) the candidates' vectors, targets (N,) ids."""
+        self,
+        users: Tensor,
+        items: Tensor,
+        candidates: Candidates,
+        targets: Tensor,
+        head: SimilarityHead,
+        excluded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss over positions, and the mean number of negatives that a position was scored against, both ().
+
+        Args:
+            users: (N, D). items: (M, D) the candidates' vectors. targets: (N,) ids.
+            excluded: (N, M) bool, candidates that are no negatives of a position.
+        """
 
 
 def softmax_loss(users: Tensor, items: Tensor, labels: Tensor, head: SimilarityHead, chunk_size: int) -> Tensor:
@@ -102,20 +123,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def info_nce_loss(
-    users: Tensor, items: Tensor, candidates: Candidates, targets: Tensor, head: SimilarityHead
-) -> Tensor:
-    """InfoNCE (HLLM, arXiv 2409.12740, eq. 1), in float32.
+    users: Tensor,
+    items: Tensor,
+    candidates: Candidates,
+    targets: Tensor,
+    head: SimilarityHead,
+    excluded: Tensor | None = None,
+    similarity_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE (HLLM, arXiv 2409.12740, eq. 1), mean over positions, in the head's ``score_dtype``.
 
     Every position is scored against the same negatives; an item that is the position's target is its positive, once,
     and never a negative of itself. The official code masks by cosine > 0.99 instead, which loses all negatives when
-    item vectors collapse.
+    item vectors collapse; ``similarity_threshold`` does so in addition.
 
     Args:
         users: (N, D). items: (M, D) vectors of ``candidates.ids``. targets: (N,) ids.
+        excluded: (N, M) bool, candidates that are no negatives of a position.
+
+    Returns:
+        () the loss, 0 for no position; () how many negatives a position has on average: the official code's
+        ``nce_samples`` less one, which is the positive.
     """
+    labels = torch.searchsorted(candidates.ids, targets)  # (N,)
     is_target = candidates.ids == targets[:, None]  # (N, M)
-    scores = head(users, items).masked_fill(~(candidates.negative | is_target), float("-inf"))
-    return F.cross_entropy(scores, torch.searchsorted(candidates.ids, targets))
+    negative = candidates.negative & ~is_target
+    if excluded is not None:
+        negative = negative & ~excluded
+    if similarity_threshold is not None:
+        with torch.no_grad(), torch.autocast(users.device.type, enabled=False):
+            directions = F.normalize(items.to(head.score_dtype), dim=-1, eps=1e-6)
+            negative = negative & (directions[labels] @ directions.T <= similarity_threshold)
+    scores = head(users, items)
+    counts = negative.float()
+    if candidates.counts is not None:
+        counts = counts * candidates.counts
+        scores = scores + torch.where(is_target, 0, candidates.counts.clamp(min=1).log().to(scores.dtype))
+    scores = scores.masked_fill(~(negative | is_target), float("-inf"))
+    loss = F.cross_entropy(scores, labels, reduction="sum") / max(len(labels), 1)
+    return loss, counts.sum() / max(len(labels), 1)
 
 
 class CrossEntropyLoss(Loss):
@@ -130,30 +176,49 @@ class CrossEntropyLoss(Loss):
         return Candidates(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def forward(
-        self, users: Tensor, items: Tensor, candidates: Candidates, targets: Tensor, head: SimilarityHead
-    ) -> Tensor:
+        self,
+        users: Tensor,
+        items: Tensor,
+        candidates: Candidates,
+        targets: Tensor,
+        head: SimilarityHead,
+        excluded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         chunk_size = self.chunk_size or default_chunk_size(len(items), items.device)
-        return softmax_loss(users, items, targets - 1, head, chunk_size)
+        loss = softmax_loss(users, items, targets - 1, head, chunk_size)
+        return loss, loss.new_tensor(len(items) - 1)
 
 
 class NCELoss(Loss):
-    """InfoNCE against in-batch and uniform negatives.
+    """InfoNCE against in-batch and uniform negatives, the same for all positions, users and processes.
 
-    Uniform negatives are drawn with replacement and an item is scored once however often it was drawn or occurs in
-    the batch, so frequent items are no more often negatives than rare ones and no logQ correction is needed.
+    Uniform negatives are drawn with replacement, ``num_negatives`` a step however many processes share it. Unless
+    ``distinct`` is off, an item is scored once however often it was drawn or occurs in the batch, so frequent items
+    are no more often negatives than rare ones and no logQ correction is needed.
     """
 
     def __init__(self, config: NCELossConfig) -> None:
         super().__init__()
-        self.num_negatives, self.in_batch = config.num_negatives, config.in_batch
+        self.config, self.mask_history = config, config.mask_history
 
     def candidates(self, targets: Tensor, num_items: int) -> Candidates:
-        uniform = torch.randint(1, num_items + 1, (self.num_negatives,), device=targets.device)
+        drawn = torch.randint(1, num_items + 1, (self.config.num_negatives,), device=targets.device)
+        uniform = from_first(drawn)
         ids = torch.cat([targets, uniform]).unique()
-        negative = torch.ones_like(ids, dtype=torch.bool) if self.in_batch else torch.isin(ids, uniform)
-        return Candidates(ids, negative)
+        negative = torch.ones_like(ids, dtype=torch.bool) if self.config.in_batch else torch.isin(ids, uniform)
+        if self.config.distinct:
+            return Candidates(ids, negative)
+        counted = torch.cat([targets, uniform]) if self.config.in_batch else uniform
+        return Candidates(ids, negative, torch.bincount(torch.searchsorted(ids, counted), minlength=len(ids)))
 
     def forward(
-        self, users: Tensor, items: Tensor, candidates: Candidates, targets: Tensor, head: SimilarityHead
-    ) -> Tensor:
-        return info_nce_loss(users, items, candidates, targets, head)
+        self,
+        users: Tensor,
+        items: Tensor,
+        candidates: Candidates,
+        targets: Tensor,
+        head: SimilarityHead,
+        excluded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        threshold = self.config.similarity_threshold
+        return info_nce_loss(users, items, candidates, targets, head, excluded, threshold)

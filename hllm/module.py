@@ -4,7 +4,8 @@ Every system is a config of this one class. B users, L history length, N supervi
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -12,14 +13,17 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from hllm.config import EvaluationConfig, OptimizerConfig, Schedule
+from hllm.config import Decay, EvaluationConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
+from hllm.distributed import gather_ids, total, world_size
 from hllm.errors import CheckpointError
 from hllm.head import SimilarityHead
 from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import RankingMetrics, target_ranks
 
+LLM_WEIGHTS = ("items.model.", "users.model.")
+"Beginnings of the names of language models' own weights, which optimizer.llm_lr is for."
 
 class Recommender(L.LightningModule):
     """Predicts the next item of a history.
@@ -59,6 +63,8 @@ class Recommender(L.LightningModule):
         "Split -> group of targets -> metric, after each evaluation; the splits are val, test and popularity."
         self.test_ranks: list[tuple[Tensor, Tensor, Tensor]] = []
         "(B,) user numbers, target ids and target ranks of each test batch of all processes, for paired comparisons."
+        self.last_step: LastStep | None = None
+        "What the newest training step tells of a collapse."
         self._catalogue: Tensor | None = None
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
@@ -69,18 +75,23 @@ class Recommender(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         supervised = batch.targets > 0
         targets = batch.targets[supervised]  # (N,)
-        candidates = self.loss.candidates(targets, self.items.num_items)
+        candidates = self.loss.candidates(gather_ids(targets), self.items.num_items)
         ids = torch.cat([batch.items[batch.mask], candidates.ids]).unique()
+        if self.items.collective:
+            ids = gather_ids(ids).unique()
         vectors = self.items(ids)
         users = self(batch, ids, vectors)[supervised]  # (N, D)
-        loss: Tensor = self.loss(users, _lookup(candidates.ids, ids, vectors), candidates, targets, self.head)
+        excluded = _history_mask(batch, candidates.ids)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
+        items = _lookup(candidates.ids, ids, vectors)
+        loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        # a target among the negatives is none for its own position
-        own = _lookup(targets, candidates.ids, candidates.negative[:, None].float()).mean()
-        self.log("train/negatives", candidates.negative.sum() - own, batch_size=len(targets))
+        self.log("train/negatives", negatives, batch_size=len(targets))
         if self.head.learned:
             self.log("train/temperature", 1 / self.head.scale(), batch_size=len(targets))
-        return loss
+        self.last_step = LastStep(vectors.detach(), negatives.detach(), candidates.offered())
+        # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
+        weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)
+        return cast(Tensor, loss * weight)
 
     def scores(self, batch: Batch) -> Tensor:
         """(B, I) score of every catalogue item after each history; item i + 1 in column i."""
@@ -98,11 +109,16 @@ class Recommender(L.LightningModule):
         return self._catalogue
 
     def on_validation_epoch_start(self) -> None:
-        self._catalogue = None
+        self._encode_catalogue()
 
     def on_test_epoch_start(self) -> None:
-        self._catalogue = None
+        self._encode_catalogue()
         self.test_ranks = []
+
+    def _encode_catalogue(self) -> None:
+        self._catalogue = None
+        if self.items.collective:  # at once and in all processes: one without a batch would never ask for it
+            self.catalogue()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._rank(batch, self.scores(batch), self.val_metrics)
@@ -121,9 +137,11 @@ class Recommender(L.LightningModule):
         return targets, ranks
 
     def on_validation_epoch_end(self) -> None:
+        self._catalogue = None  # training needs the memory
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
+        self._catalogue = None
         if self.trainer.world_size > 1:
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, self.test_ranks)
@@ -137,28 +155,37 @@ class Recommender(L.LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in self.results[split]["all"].items()})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, decaying matrices only; the rate rises over the warm-up and then follows the schedule to 0."""
+        """AdamW; the rate rises over the warm-up and then follows the schedule to 0."""
         config = self.optimizer_config
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
         # under mixed precision a fused step would unscale gradients itself, and Lightning then refuses to clip them
         fused = not str(self.trainer.precision).endswith("mixed")
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(config.warmup_ratio * total)
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, fused=fused)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(config.warmup_ratio * steps)
 
         def factor(step: int) -> float:
             if step < warmup:
-                return (step + 1) / (warmup + 1)
+                return step / warmup if config.first_step_zero else (step + 1) / (warmup + 1)
             if config.schedule is Schedule.constant:
                 return 1.0
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters by rate and decay: language models' own beside the others, matrices beside the rest."""
+        config = self.optimizer_config
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        for matrix in (True, False):
+            for name, parameter in named:
+                if (parameter.ndim >= 2) is matrix:
+                    own = config.llm_lr is not None and name.startswith(LLM_WEIGHTS)
+                    decayed = matrix or config.decay is Decay.all
+                    key = (config.llm_lr or config.lr if own else config.lr, config.weight_decay if decayed else 0.0)
+                    groups.setdefault(key, []).append(parameter)
+        return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
 
     @property
     def identity(self) -> dict[str, str]:
@@ -174,6 +201,26 @@ class Recommender(L.LightningModule):
                     f"the checkpoint was trained with {name} {expected}, here it is {found}: "
                     "use the data, text template and LLM it was trained with, or train again"
                 )
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """(n, D) item vectors of a step; () the mean number of negatives of a position, and how many were offered."""
+
+    vectors: Tensor
+    negatives: Tensor
+    offered: Tensor
+
+
+def _history_mask(batch: Batch, ids: Tensor) -> Tensor:
+    """(B, M) bool: which of the (M,) ascending ids are in a row, as history or as target."""
+    items = torch.cat([batch.items, batch.targets], dim=1)  # (B, 2L)
+    places = torch.searchsorted(ids, items).clamp(max=len(ids) - 1)
+    rows = torch.arange(len(batch), device=ids.device)[:, None].expand_as(places)
+    found = ids[places] == items
+    mask = torch.zeros(len(batch), len(ids), dtype=torch.bool, device=ids.device)
+    mask[rows[found], places[found]] = True
+    return mask
 
 
 def _lookup(wanted: Tensor, ids: Tensor, vectors: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
-from hllm.items.baichuan import baichuan_tokenizer, load_baichuan
+from hllm.items.baichuan import baichuan_config, baichuan_tokenizer, load_baichuan
 from hllm.items.files import LLMFiles
 
 
@@ -27,6 +28,7 @@ class Backbone:
         model: a transformers model; with input_ids and attention_mask it gives ``last_hidden_state`` (B, T, D).
         tokenizer: a transformers tokenizer.
         dim: D, the width of its hidden states.
+        folder: where it was loaded from.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     dim: int
+    folder: Path | None = None
 
 
 def choose_device(flag: str) -> torch.device:
@@ -84,13 +87,76 @@ def load_backbone(files: LLMFiles, llm: LLMConfig) -> Backbone:
     device = choose_device(llm.device)
     dtype = choose_dtype(llm.dtype, device, has_fast_bfloat16(device))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _loading(files):
-        if files.settings().get("model_type") == "baichuan":
-            model, tokenizer = load_baichuan(files, dtype)
-        else:
-            model, tokenizer = _load(files, dtype)
-    model.config.use_cache = False  # keys and values are kept for generation only
+        model, tokenizer = _load(files, llm, dtype)
     model = model.eval().requires_grad_(False).to(device)
-    return Backbone(files.name, model, tokenizer, device, dtype, int(model.config.hidden_size))
+    return Backbone(files.name, model, tokenizer, device, dtype, int(model.config.hidden_size), files.folder)
+
+
+def load_trainable(files: LLMFiles, llm: LLMConfig) -> tuple[Any, Any]:
+    """Body and tokenizer of a model that is to be trained: float32, on the CPU, in training mode.
+
+    ``llm.pretrained=false`` draws the weights from the global random state; otherwise that is left alone.
+
+    Raises:
+        LLMError: as ``load_backbone``.
+        ConfigError: llm.num_layers is more than a pretrained model has.
+    """
+    with _loading(files):
+        if not llm.pretrained:
+            model, tokenizer = _load(files, llm, torch.float32)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                model, tokenizer = _load(files, llm, torch.float32)
+    return model.train(), tokenizer
+
+
+def _load(files: LLMFiles, llm: LLMConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The body, with as many layers as are wanted, and the tokenizer."""
+    baichuan = files.settings().get("model_type") == "baichuan"
+    if not llm.pretrained:
+        model, tokenizer = _draw(files, llm, dtype, baichuan)
+    elif baichuan:
+        model, tokenizer = load_baichuan(files, dtype)
+    else:
+        model, tokenizer = _load_pretrained(files, dtype)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # a BERT's; item vectors do not go through it, and it would never get a gradient
+    if llm.num_layers is not None:
+        _cut(model, llm.num_layers, files)
+    model.config.use_cache = False  # keys and values are kept for generation only
+    return model, tokenizer
+
+
+def _draw(files: LLMFiles, llm: LLMConfig, dtype: torch.dtype, baichuan: bool) -> tuple[Any, Any]:
+    """The architecture alone, initialised as its configuration says."""
+    import transformers
+
+    if baichuan:
+        config, tokenizer = baichuan_config(files, dtype), baichuan_tokenizer(files)
+    else:
+        config, tokenizer, _ = _load_tokenizer(files)
+    if llm.num_layers is not None and llm.num_layers > config.num_hidden_layers:
+        config.num_hidden_layers = llm.num_layers
+        if (kinds := getattr(config, "layer_types", None)) is not None:
+            config.layer_types = [kinds[layer % len(kinds)] for layer in range(llm.num_layers)]
+    config.dtype = dtype
+    return transformers.AutoModel.from_config(config, dtype=dtype, trust_remote_code=False), tokenizer
+
+
+def _cut(model: Any, num_layers: int, files: LLMFiles) -> None:
+    """Keep the first layers."""
+    owner, name = (model, "layers") if hasattr(model, "layers") else (getattr(model, "encoder", None), "layer")
+    layers = getattr(owner, name, None)
+    if layers is None:
+        raise LLMError(f"llm.model={files.name}: {model.config.model_type} has no list of layers to cut")
+    if num_layers > len(layers):
+        raise ConfigError(
+            f"num_layers={num_layers}: {files.name} has {len(layers)} pretrained layers; more need pretrained=false"
+        )
+    setattr(owner, name, layers[:num_layers])
+    model.config.num_hidden_layers = num_layers
+    if getattr(model.config, "layer_types", None) is not None:
+        model.config.layer_types = model.config.layer_types[:num_layers]
 
 
 def load_tokenizer(files: LLMFiles) -> Any:
@@ -128,7 +194,7 @@ def _load_tokenizer(files: LLMFiles) -> tuple[Any, Any, dict[str, Any]]:
     return config, transformers.AutoTokenizer.from_pretrained(files.folder, config=config, **options), options
 
 
-def _load(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_pretrained(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
     import transformers
 
     config, tokenizer, options = _load_tokenizer(files)

@@ -24,12 +24,28 @@ def load_baichuan(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         LLMError: not the 7B's architecture, or weights are missing.
     """
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import LlamaModel
+
+    # _from_config, not the constructor: it applies the dtype and the attention implementation
+    model = LlamaModel._from_config(baichuan_config(files, dtype), dtype=dtype)
+    wanted = set(model.state_dict())
+    for path in files.weights():
+        weights = llama_weights(_read(path))
+        model.load_state_dict(weights, strict=False)
+        wanted -= weights.keys()
+    if wanted:
+        raise LLMError(f"llm.model={files.name}: the weights lack {min(wanted)} and {len(wanted) - 1} more")
+    return model, baichuan_tokenizer(files)
+
+
+def baichuan_config(files: LLMFiles, dtype: torch.dtype) -> Any:
+    """The folder's architecture as a LlamaConfig; raises LLMError for the 13B."""
+    from transformers import LlamaConfig
 
     settings = files.settings()
     if "max_position_embeddings" not in settings:
         raise LLMError(f"llm.model={files.name}: only the rotary Baichuan2-7B can be read as a Llama, not the 13B")
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=settings["vocab_size"],
         hidden_size=settings["hidden_size"],
         intermediate_size=settings["intermediate_size"],
@@ -40,16 +56,6 @@ def load_baichuan(files: LLMFiles, dtype: torch.dtype) -> tuple[Any, Any]:
         pad_token_id=settings.get("pad_token_id"),
         dtype=dtype,
     )
-    # _from_config, not the constructor: it applies the dtype and the attention implementation
-    model = LlamaModel._from_config(config, dtype=dtype)
-    wanted = set(model.state_dict())
-    for path in files.weights():
-        weights = llama_weights(_read(path))
-        model.load_state_dict(weights, strict=False)
-        wanted -= weights.keys()
-    if wanted:
-        raise LLMError(f"llm.model={files.name}: the weights lack {min(wanted)} and {len(wanted) - 1} more")
-    return model, baichuan_tokenizer(files)
 
 
 def llama_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

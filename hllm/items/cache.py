@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
-from hllm.config import Fusion, LLMConfig, Selection, TextConfig
+from hllm.config import Fusion, LLMConfig, Positions, Selection, TextConfig
 from hllm.data.schema import Catalog
 from hllm.items.backbone import Backbone, choose_device, choose_dtype, has_fast_bfloat16, load_backbone
 from hllm.items.encoder import Encoder
@@ -144,6 +144,10 @@ def _parts(job: _Job, parts: TextParts, corpus: TextParts | None) -> dict[str, A
         "max_tokens": llm.max_tokens,
         "dtype": str(choose_dtype(llm.dtype, device, has_fast_bfloat16(device))),
     }
+    if llm.num_layers is not None:
+        made_from["num_layers"] = llm.num_layers
+    if llm.positions is not Positions.start:
+        made_from["positions"] = llm.positions.value
     if job.selection is not Selection.head:
         made_from["selection"] = selection_identity(parts, corpus, job.selection)
     return made_from

@@ -8,16 +8,18 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hllm.config import LLMConfig, Pooling
+from hllm.config import LLMConfig, Pooling, Positions
 from hllm.errors import ConfigError, LLMError
 from hllm.items.backbone import Backbone
+from hllm.items.files import ITEM_TOKEN, read_item_token
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +54,15 @@ class Encoder:
     def __init__(
         self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str], share_prefix: bool = True
     ) -> None:
-        _check_fit(backbone, llm)
+        check_fit(backbone.name, backbone.model, backbone.tokenizer, llm)
         self.backbone, self.llm, self.names = backbone, llm, names
+        self.item_token = _stored_item_token(backbone) if llm.pooling is Pooling.item else None
         self.tokens = tokenize(backbone.tokenizer, texts, llm.max_tokens)
-        _check_vocabulary(backbone, self.tokens)
+        check_vocabulary(backbone.name, backbone.model, self.tokens)
         family = backbone.model.config.model_type
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
-        self.share_prefix = share_prefix and llm.pooling is Pooling.last and family in PREFIX_FAMILIES
+        shareable = llm.pooling in (Pooling.last, Pooling.item) and llm.positions is Positions.start
+        self.share_prefix = share_prefix and shareable and family in PREFIX_FAMILIES
 
     def order(self) -> list[int]:
         """Rows, longest text first: too large a batch shows at once, and neighbours pad little."""
@@ -98,7 +102,10 @@ class Encoder:
     def _forward(self, batch: list[list[int]]) -> Tensor:
         prefix = shared_prefix(batch) if self.share_prefix else []
         ids, mask = pad([tokens[len(prefix) :] for tokens in batch], self.backbone.device)  # (B, T - P)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self.item_token is not None:
+            ids, mask = F.pad(ids, (0, 1)), F.pad(mask, (1, 0), value=1)
+        inputs = model_inputs(self.backbone.model, ids, mask, self.llm, self.item_token)
+        inputs["attention_mask"] = mask
         if prefix:
             inputs |= self._run_prefix(prefix, mask)
         hidden: Tensor = self.backbone.model(**inputs).last_hidden_state  # (B, T - P, D)
@@ -131,6 +138,13 @@ class Tokens:
     def __init__(self) -> None:
         self._flat, self._lengths = array("i"), array("q")
 
+    @classmethod
+    def of(cls, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> Self:
+        """Ids and lengths that are there already, mapped from files say; nothing can be appended to them."""
+        tokens = cls()
+        tokens.ids, tokens.lengths = ids, lengths
+        return tokens
+
     def append(self, ids: Sequence[int]) -> None:
         self._flat.extend(ids)
         self._lengths.append(len(ids))
@@ -145,12 +159,26 @@ class Tokens:
         """(texts,) as ``ids``."""
         return np.frombuffer(self._lengths, dtype=np.int64) if self._lengths else np.empty(0, dtype=np.int64)
 
+    def padded(self, rows: npt.NDArray[np.int64], extra: int = 0) -> tuple[Tensor, Tensor]:
+        """(B, T) int64 ids and mask of some texts, padded on the right, after each ``extra`` places of id 0."""
+        lengths = self.lengths[rows]
+        columns = np.arange(int(lengths.max()) + extra)
+        real = columns < lengths[:, None]
+        places = (self._ends[rows] - lengths)[:, None] + columns
+        ids = np.where(real, self.ids[np.minimum(places, len(self.ids) - 1)], 0).astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(columns < (lengths + extra)[:, None])
+
+    def packed(self, rows: npt.NDArray[np.int64], extra: int = 0) -> tuple[Tensor, Tensor]:
+        """(T,) int64 ids of some texts end to end, after each ``extra`` places of id 0, and their (B,) lengths."""
+        ids, mask = self.padded(rows, extra)
+        return ids[mask], mask.sum(1)
+
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
         return self.lengths.cumsum()
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._lengths) or len(self.lengths)
 
     def __getitem__(self, row: int) -> list[int]:
         if row >= len(self):
@@ -210,11 +238,36 @@ def pad(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
+def model_inputs(model: Any, ids: Tensor, mask: Tensor, llm: LLMConfig, item_token: Tensor | None) -> dict[str, Any]:
+    """What a model is called with for (B, T) right-padded ids and their mask, but for the attention mask.
+
+    Args:
+        item_token: (E,) the learned [ITEM] token; it takes the last real place of each row, whatever id stands there.
+    """
+    inputs: dict[str, Any] = {}
+    lengths = mask.sum(dim=1)  # (B,)
+    if item_token is None:
+        inputs["input_ids"] = ids
+    else:
+        embeds = model.get_input_embeddings()(ids)  # (B, T, E)
+        places = torch.arange(len(ids), device=ids.device), lengths - 1
+        inputs["inputs_embeds"] = embeds.index_put(places, item_token.to(embeds.dtype))
+    if llm.positions is Positions.end:
+        texts = lengths if item_token is None else lengths - 1
+        # of padding they only have to be within the model's table
+        positions = torch.arange(ids.shape[1], device=ids.device) + (llm.max_tokens - texts)[:, None]
+        inputs["position_ids"] = positions.clamp(max=llm.max_tokens)
+    return inputs
+
+
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """(B, T, D) hidden states of right-padded texts -> (B, D): last real token, mean of the real ones, or first."""
+    """(B, T, D) hidden states of right-padded texts -> (B, D): last real token, mean of the real ones, or first.
+
+    The [ITEM] token is a text's last.
+    """
     if pooling is Pooling.cls:
         return hidden[:, 0]
-    if pooling is Pooling.last:
+    if pooling in (Pooling.last, Pooling.item):
         return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
     weights = mask.unsqueeze(-1).float()  # (B, T, 1)
     return ((hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
@@ -230,23 +283,35 @@ def shared_prefix(batch: list[list[int]]) -> list[int]:
     return prefix if len(prefix) >= MIN_PREFIX else []
 
 
-def _check_fit(backbone: Backbone, llm: LLMConfig) -> None:
-    if llm.pooling is Pooling.cls and backbone.tokenizer.cls_token_id is None:
-        raise ConfigError(
-            f"llm.pooling=cls: the tokenizer of {backbone.name} has no [CLS] token; choose last (decoders) or mean"
-        )
+def check_fit(name: str, model: Any, tokenizer: Any, llm: LLMConfig) -> None:
+    """Raises ConfigError where llm.pooling or llm.max_tokens does not fit the model called ``name``."""
+    if llm.pooling is Pooling.cls and tokenizer.cls_token_id is None:
+        raise ConfigError(f"llm.pooling=cls: the tokenizer of {name} has no [CLS] token; choose last (decoders) or mean")
     # what a tokenizer does not know it gives as a huge number
-    limits = (getattr(backbone.model.config, "max_position_embeddings", None), backbone.tokenizer.model_max_length)
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     limit = min(int(value) for value in limits if value is not None)
+    if llm.pooling is Pooling.item:
+        limit -= 1  # the [ITEM] token comes behind the text
     if llm.max_tokens > limit:
-        raise ConfigError(f"llm.max_tokens={llm.max_tokens}: {backbone.name} reads at most {limit} tokens")
+        raise ConfigError(f"llm.max_tokens={llm.max_tokens}: {name} reads at most {limit} tokens")
 
 
-def _check_vocabulary(backbone: Backbone, tokens: Tokens) -> None:
-    embedding = backbone.model.get_input_embeddings()
+def check_vocabulary(name: str, model: Any, tokens: Tokens) -> None:
+    """Raises LLMError where a token is not in the model's table."""
+    embedding = model.get_input_embeddings()
     largest = int(tokens.ids.max(initial=0))
     if largest >= embedding.num_embeddings:
         raise LLMError(
-            f"llm.model={backbone.name}: the tokenizer gives token {largest}, the model has "
+            f"llm.model={name}: the tokenizer gives token {largest}, the model has "
             f"{embedding.num_embeddings}; they do not belong together"
         )
+
+
+def _stored_item_token(backbone: Backbone) -> Tensor:
+    token = None if backbone.folder is None else read_item_token(backbone.folder)
+    if token is None or len(token) != backbone.dim:
+        raise ConfigError(
+            f"llm.pooling=item: {backbone.name} has no {ITEM_TOKEN} of width {backbone.dim}; it needs an Item LLM that "
+            "was trained with items=llm and written by hllm.embed ckpt= or hllm.export. Choose last or mean"
+        )
+    return token.to(backbone.device, backbone.dtype)

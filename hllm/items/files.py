@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
 from hllm.config import LLMConfig
 from hllm.disk import file_digests
 from hllm.errors import LLMError
@@ -18,6 +22,8 @@ SETTINGS = (".json", ".model", ".txt", ".jinja")
 "Config and tokenizer files."
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 "A model needs one of these."
+ITEM_TOKEN = "item_token.safetensors"
+"Beside the weights of a tuned Item LLM: its learned [ITEM] token, (E,) under the name item_token."
 REMEDY = (
     "Choose llm=smollm2_135m or llm=minilm, which need no hub, or download the model elsewhere and give its folder as "
     "llm=custom llm.model=/folder"
@@ -42,7 +48,8 @@ class LLMFiles:
         """The weight files: GGUF, or safetensors, or else PyTorch shards. Empty when there are none."""
         if self.gguf_file is not None:
             return [path for path in (self.folder / self.gguf_file,) if path.is_file()]
-        return sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
+        tensors = sorted(path for path in self.folder.glob("*.safetensors") if path.name != ITEM_TOKEN)
+        return tensors or sorted(self.folder.glob("pytorch_model*.bin"))
 
     def missing(self, weights: bool = True) -> str | None:
         """The first file that is needed and not there; without the weights, for the tokenizer alone."""
@@ -148,6 +155,17 @@ def weights_digest(files: LLMFiles, cache_dir: Path) -> str:
     """Hex sha256 over the names and bytes of weights, tokenizer and config."""
     paths = files.weights()
     if files.gguf_file is None:
-        paths += [path for path in sorted(files.folder.iterdir()) if path.name.endswith(SETTINGS)]
+        paths += [path for path in sorted(files.folder.iterdir()) if path.name.endswith((*SETTINGS, ITEM_TOKEN))]
     named = list(zip((path.name for path in paths), file_digests(paths, cache_dir), strict=True))
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def read_item_token(folder: Path) -> Tensor | None:
+    """The (E,) [ITEM] token of a tuned Item LLM's folder; None where there is none."""
+    path = folder / ITEM_TOKEN
+    if not path.is_file():
+        return None
+    try:
+        return safetensors.torch.load_file(path)["item_token"]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise LLMError(f"{path}: torn, or not an [ITEM] token ({error}); export the model again") from error

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
+from hllm.errors import ConfigError
 from hllm.items.store import ItemTable
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ class ItemTower(nn.Module, ABC):
     num_items: int
     fingerprint: str
     "What the vectors are made from; a checkpoint is good for one fingerprint only."
+    collective = False
+    "Several processes must ask for the same ids at the same time, because they share the work."
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
@@ -30,7 +33,9 @@ class ItemTower(nn.Module, ABC):
 
     def all(self) -> Tensor:
         """(I, D) the whole catalogue; row r is item r + 1."""
-        vectors: Tensor = self(torch.arange(1, self.num_items + 1, device=next(self.parameters()).device))
+        held = next(self.parameters(), None)  # a tower of vectors as stored has none
+        device = next(self.buffers()).device if held is None else held.device
+        vectors: Tensor = self(torch.arange(1, self.num_items + 1, device=device))
         return vectors
 
 
@@ -40,12 +45,16 @@ class IdItems(ItemTower):
     def __init__(self, config: IdItemsConfig, num_items: int, dim: int) -> None:
         super().__init__()
         self.num_items, self.fingerprint = num_items, "id"
-        self.table = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        width = config.dim or dim
+        self.table = nn.Embedding(num_items + 1, width, padding_idx=0)
         nn.init.normal_(self.table.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
+        self.projector = nn.Identity() if width == dim else nn.Linear(width, dim, bias=False)
+        if width != dim:
+            nn.init.normal_(self.projector.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        vectors: Tensor = self.dropout(self.table(ids))
+        vectors: Tensor = self.projector(self.dropout(self.table(ids)))
         return vectors
 
 
@@ -87,8 +96,14 @@ class CachedItems(ItemTower):
 
     def _create(self, vectors: Tensor) -> None:
         width = vectors.shape[1]
-        if self.config.adaptor is Adaptor.linear:
-            self.adaptor: nn.Module = nn.Sequential(nn.Dropout(self.config.dropout), nn.Linear(width, self.dim))
+        if self.config.adaptor is Adaptor.none:
+            if width != self.dim:
+                raise ConfigError(
+                    f"items.adaptor=none: the vectors are {width} wide, the user model {self.dim}; choose linear or mlp"
+                )
+            self.adaptor: nn.Module = nn.Identity()
+        elif self.config.adaptor is Adaptor.linear:
+            self.adaptor = nn.Sequential(nn.Dropout(self.config.dropout), nn.Linear(width, self.dim))
         else:
             hidden = self.config.hidden_dim
             self.adaptor = nn.Sequential(
@@ -103,7 +118,8 @@ class CachedItems(ItemTower):
         """Map the raw vectors by the fitted mean and matrix; also after a checkpoint brought those."""
         assert self.table is not None, "no item vectors: attach a table before loading a checkpoint"
         raw = self.table.vectors.to(self.mean)
-        self.vectors = (raw - self.mean) @ self.whitening
+        # as they are to the last bit: a product with ones and zeros may round on some devices
+        self.vectors = raw if self.config.transform is Transform.raw else (raw - self.mean) @ self.whitening
         self.statistics = {"mean_cosine_raw": mean_cosine(raw), "mean_cosine": mean_cosine(self.vectors)}
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -114,6 +130,7 @@ class CachedItems(ItemTower):
 def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Tensor, Tensor]:
     """Fit ``x -> (x - mean) @ matrix`` on a catalogue.
 
+    raw: the vectors as they are.
     none: scaled to a mean square of 1 a dimension, so that the adaptor's input has one scale whatever the LLM.
     center: the mean taken off first. Vectors of an untuned LLM nearly all point one way; what tells items apart is
     what remains. whiten: the ZCA map to uncorrelated dimensions of equal variance.
@@ -127,6 +144,8 @@ def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Ten
     """
     x = vectors.double()
     width = x.shape[1]
+    if kind is Transform.raw:
+        return torch.zeros(width), torch.eye(width)
     mean = torch.zeros(width, dtype=x.dtype) if kind is Transform.none else x.mean(0)
     x = x - mean
     if kind is Transform.whiten:

@@ -1,0 +1,179 @@
+"""The Item LLM as an item tower: text tokens -> vectors in every step, with gradient (HLLM, arXiv 2409.12740, 3.1).
+
+n ids, T tokens, E width of the Item LLM, D width of the user model, W processes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from hllm.config import LLMConfig, LLMItemsConfig, Packing, Pooling, Positions
+from hllm.data.schema import Array64
+from hllm.distributed import gather_vectors, rank, world_size
+from hllm.items.encoder import PREFIX_FAMILIES, Tokens, model_inputs, pool
+from hllm.items.tokens import tokens_digest
+from hllm.items.tower import ItemTower
+try:
+    from hllm.items.varlen import can_pack, packed_hidden
+except ImportError: can_pack=lambda *a: False
+from hllm.tuning import is_trained, tune
+
+BUDGET = {"cpu": 2048, "cuda": 65536}
+"Tokens a pack: a CPU is fastest while activations stay in its cache, a GPU wants large products."
+
+
+class LLMItems(ItemTower):
+    """A language model that reads item texts; its hidden state at a learned [ITEM] token is the vector.
+
+    The token is a parameter, N(0, 0.02) at first, that is put behind the text's embeddings: the vocabulary stays as it
+    is. There is no vocabulary head. Several processes ask for the same ids, and each encodes a part of them.
+
+    Args:
+        model: a transformers body, float32, as ``load_trainable`` gives it.
+        tokens: of each item's text; row r is item r + 1.
+        llm: pooling, positions, max_tokens and token_budget.
+        dim: D; where it is not E, a linear map without bias comes behind the model.
+    """
+
+    collective = True
+
+    def __init__(self, model: Any, tokens: Tokens, llm: LLMConfig, config: LLMItemsConfig, dim: int) -> None:
+        super().__init__()
+        self.model, self.tokens, self.llm, self.config = model, tokens, llm, config
+        self.num_items, width = len(tokens), int(model.config.hidden_size)
+        made_from = f"{tokens_digest(tokens)} {llm.pooling.value} {llm.positions.value} {llm.max_tokens}"
+        self.fingerprint = "llm " + hashlib.sha256(made_from.encode()).hexdigest()[:20]
+        if llm.pooling is Pooling.item:
+            self.item_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        if dim != width:
+            self.projector = nn.Linear(width, dim, bias=False)
+            nn.init.normal_(self.projector.weight, std=width**-0.5)
+        tune(model, config.tuning, "items.tuning")
+        if llm.pooling is Pooling.item and "all" in config.tuning.freeze:
+            self.item_token.requires_grad_(False)
+        self.trained = is_trained(model) or (llm.pooling is Pooling.item and self.item_token.requires_grad)
+        # causal models cannot see right padding, and without a mask they run on fused kernels
+        self._causal = model.config.model_type in PREFIX_FAMILIES
+
+    def train(self, mode: bool = True) -> "LLMItems":
+        super().train(mode)
+        if not is_trained(self.model):
+            self.model.eval()  # frozen: its dropout would only be noise
+        return self
+
+    def forward(self, ids: Tensor, show_progress: bool = False) -> Tensor:
+        """(n,) unique item ids -> (n, D). Every process must ask for the same ids, in the same order."""
+        rows: Array64 = ids.cpu().numpy() - 1
+        work = divide(self.tokens.lengths[rows] + self._extra, self._budget(ids.device), world_size())
+        parts = work.parts(rank())
+        if show_progress:  # on a terminal only
+            parts = tqdm(parts, desc="items", unit="packs", leave=False, disable=None)
+        vectors = torch.cat([self._encode(rows[part], ids.device) for part in parts])
+        gathered = gather_vectors(vectors).flatten(0, 1)  # (W * m, E)
+        wanted = gathered[torch.from_numpy(work.places).to(ids.device)]
+        return self.projector(wanted) if hasattr(self, "projector") else wanted
+
+    def all(self) -> Tensor:
+        ids = torch.arange(1, self.num_items + 1, device=self.model.device)
+        vectors: Tensor = self(ids, show_progress=True)
+        return vectors
+
+    @property
+    def _extra(self) -> int:
+        return int(self.llm.pooling is Pooling.item)
+
+    def _budget(self, device: torch.device) -> int:
+        return self.llm.token_budget or max(BUDGET[device.type], self.llm.max_tokens + self._extra)
+
+    def _encode(self, rows: Array64, device: torch.device) -> Tensor:
+        """(b,) rows -> (b, E), in one call of the model; under grad_cache its activations are not kept."""
+        encode: Callable[[Array64, torch.device], Tensor] = self._padded
+        if self._packs(device):
+            encode = self._packed
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
+            if self.config.grad_cache and torch.is_grad_enabled():
+                again: Tensor = checkpoint(encode, rows, device, use_reentrant=False)
+                return again
+            return encode(rows, device)
+
+    def _packs(self, device: torch.device) -> bool:
+        if self.config.packing is not Packing.auto:
+            return self.config.packing is Packing.packed
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
+        return can_pack(self.model, device, dtype)
+
+    def _padded(self, rows: Array64, device: torch.device) -> Tensor:
+        ids, mask = (part.to(device) for part in self.tokens.padded(rows, self._extra))  # (b, T)
+        inputs = model_inputs(self.model, ids, mask, self.llm, self._item_token)
+        hidden = self.model(**inputs, attention_mask=None if self._causal else mask).last_hidden_state  # (b, T, E)
+        return pool(hidden, mask, self.llm.pooling)
+
+    def _packed(self, rows: Array64, device: torch.device) -> Tensor:
+        ids, lengths = self.tokens.packed(rows, self._extra)  # (T,), (b,)
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        positions = torch.arange(len(ids)) - starts.repeat_interleave(lengths)
+        if self.llm.positions is Positions.end:
+            positions += (self.llm.max_tokens + self._extra - lengths).repeat_interleave(lengths)
+        embeds = self.model.get_input_embeddings()(ids.to(device))  # (T, E)
+        if self._item_token is not None:
+            embeds = embeds.index_put(((ends - 1).to(device),), self._item_token.to(embeds.dtype))
+        hidden = packed_hidden(self.model, embeds, lengths, positions.to(device))  # (T, E)
+        if self.llm.pooling is Pooling.mean:
+            owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+            sums = torch.zeros(len(lengths), hidden.shape[1], device=device).index_add(0, owner, hidden.float())
+            return (sums / lengths.to(device)[:, None]).to(hidden.dtype)
+        return hidden[(starts if self.llm.pooling is Pooling.cls else ends - 1).to(device)]
+
+    @property
+    def _item_token(self) -> Tensor | None:
+        return self.item_token if self.llm.pooling is Pooling.item else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who encodes what: the items in packs of like length, each pack dealt out to the processes.
+
+    All processes run as many packs, and as many items in each, because some of them may only go through a model
+    together; where the items of a pack do not divide, its last one is encoded more than once.
+
+    Args:
+        packs: numbers of the items, each in one pack; (W, m) with m items a process.
+        places: (n,) where item number i is among all results, as they are gathered.
+    """
+
+    packs: list[npt.NDArray[np.int64]]
+    places: Array64
+
+    def parts(self, own_rank: int) -> list[Array64]:
+        """The packs of one process."""
+        return [pack[own_rank] for pack in self.packs]
+
+
+def divide(lengths: Array64, budget: int, num_ranks: int) -> Work:
+    """Deal out items of (n,) tokens: packs of at most ``budget`` tokens a process, padding included, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    packs: list[npt.NDArray[np.int64]] = []
+    places = np.empty(len(order), dtype=np.int64)
+    begin = 0
+    while begin < len(order):
+        size = max(budget // int(lengths[order[begin]]), 1) * num_ranks
+        pack = order[begin : begin + size]
+        begin += len(pack)
+        missing = -len(pack) % num_ranks
+        packs.append(np.concatenate([pack, np.repeat(pack[-1:], missing)]).reshape(-1, num_ranks).T)
+    total = sum(pack.shape[1] for pack in packs)
+    done = 0
+    for pack in packs:
+        where = np.arange(num_ranks)[:, None] * total + done + np.arange(pack.shape[1])
+        places[pack] = where
+        done += pack.shape[1]
+    return Work(packs, places)

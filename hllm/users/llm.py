@@ -1,0 +1,56 @@
+"""The User LLM: a causal language model that reads item vectors in place of words (HLLM, arXiv 2409.12740, 3.1).
+
+B users, L history length, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hllm.config import LLMUserConfig
+from hllm.errors import ConfigError
+from hllm.tuning import tune
+
+
+class UserLLM(nn.Module):
+    """Item vectors -> the final-norm hidden state at every event, which predicts the item that follows.
+
+    Item vectors go in as they are. The vocabulary's embeddings are dropped, the head was never loaded. Rows hold real
+    events first, so the causal mask alone keeps padding unseen.
+
+    Args:
+        model: a transformers body, float32, as ``load_trainable`` gives it.
+        max_history: longest row.
+
+    Raises:
+        ConfigError: the model is not causal, or reads fewer positions than max_history.
+    """
+
+    def __init__(self, model: Any, config: LLMUserConfig, max_history: int) -> None:
+        super().__init__()
+        self.model, self.dim = model, int(model.config.hidden_size)
+        model.set_input_embeddings(None)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and max_history > limit:
+            raise ConfigError(f"dataset.max_history={max_history}: the User LLM reads at most {limit} events")
+        _check_causal(model)
+        tune(model, config.tuning, "user.tuning")
+
+    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor) -> Tensor:
+        """(B, L, D) item vectors, real events first -> (B, L, D); output i depends on events 0..i only."""
+        encoded: Tensor = self.model(inputs_embeds=x.to(self.model.dtype), use_cache=False).last_hidden_state
+        return encoded
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Change the second of two events: a causal model's first output stays."""
+    training = model.training
+    model.eval()
+    x = torch.linspace(-1, 1, 2 * model.config.hidden_size).reshape(1, 2, -1)
+    changed = torch.cat([x[:, :1], -x[:, 1:]], dim=1)
+    first, second = (model(inputs_embeds=given, use_cache=False).last_hidden_state[:, 0] for given in (x, changed))
+    model.train(training)
+    if not torch.allclose(first, second, atol=1e-4):
+        raise ConfigError(f"user=llm: {model.config.model_type} is not causal; choose a decoder (Llama family)")
