@@ -155,6 +155,9 @@ def run_config(
     cache = tmp_path_factory.mktemp("cache")
 
     def config(*overrides: str) -> Config:
+        # a User LLM has its own width; a trained Item LLM the trainer's precision, and room for [ITEM]
+        user = [] if "user=llm" in overrides else ["user.dim=16"]
+        llm = ["llm.max_tokens=63"] if "items=llm" in overrides else ["llm.max_tokens=64", "llm.dtype=float32"]
         return compose(
             [
                 f"dataset.root={movielens_folder}",
@@ -164,13 +167,12 @@ def run_config(
                 "llm.wheel=null",
                 "llm.gguf_file=null",
                 "llm.name=tiny",
-                "llm.max_tokens=64",
-                "llm.dtype=float32",
+                *llm,
                 "llm.device=cpu",
                 f"cache_dir={cache}",
                 "logger=csv",
                 "user.num_layers=1",
-                "user.dim=16",
+                *user,
                 "optimizer.lr=0.01",
                 "trainer.max_epochs=3",
                 "trainer.accelerator=cpu",
