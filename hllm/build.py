@@ -1,7 +1,9 @@
 """Checked config -> datamodule, module, callbacks, trainer: the one place that knows which config makes which class."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -9,6 +11,8 @@ from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import nn
 
 from hllm.config import (
@@ -18,6 +22,8 @@ from hllm.config import (
     IdItemsConfig,
     LLMItemsConfig,
     LLMUserConfig,
+    Strategy,
+    TrainerConfig,
     TransformerConfig,
     to_plain,
 )
@@ -25,7 +31,7 @@ from hllm.data.base import DataModule
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
-from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16, load_trainable
+from hllm.items.backbone import choose_device, choose_dtype, has_fast_bfloat16, load_pair, load_trainable
 from hllm.items.cache import ItemEmbeddingCache
 from hllm.items.encoder import check_fit, check_vocabulary
 from hllm.items.files import locate
@@ -72,20 +78,28 @@ def build_datamodule(config: Config) -> DataModule:
     return datamodule
 
 
-def build_module(config: Config, datamodule: DataModule) -> Recommender:
+def build_module(config: Config, datamodule: DataModule, read_weights: bool = True) -> Recommender:
     """The model, with fresh or pretrained weights. Cached item vectors are attached later, by ``ItemEmbeddingCache``.
+
+    Args:
+        read_weights: False where others replace them all: of language models only config and tokenizer are then read.
 
     Raises:
         ConfigError, LLMError: a language model cannot be had, or does not fit its place.
     """
+    hyperparameters = to_plain(config)
+    if not read_weights:
+        config = _drawn(config)
     users: nn.Module
     if isinstance(config.user, TransformerConfig):
         # items first: published numbers come from weights drawn in this order
         items = _build_items(config, datamodule, config.user.dim)
         users = get_class(config.user._target_)(config.user, config.dataset.max_history)
     else:
-        users = _build_user_llm(config)
-        items = _build_items(config, datamodule, users.dim)
+        assert isinstance(config.user, LLMUserConfig)
+        user_model, item_model = _load_models(config)
+        users = UserLLM(user_model, config.user, config.dataset.max_history)
+        items = _build_items(config, datamodule, users.dim, item_model)
     return Recommender(
         items=items,
         users=users,
@@ -100,18 +114,33 @@ def build_module(config: Config, datamodule: DataModule) -> Recommender:
             "catalogue": datamodule.catalog.fingerprint,
             "interactions": datamodule.fingerprint,
         },
-        hyperparameters=to_plain(config),
+        hyperparameters=hyperparameters,
     )
 
 
-def _build_user_llm(config: Config) -> UserLLM:
+def _drawn(config: Config) -> Config:
+    """The config with trained language models drawn anew; one that only embeds, for items=cached, stays as it is."""
+    if isinstance(config.items, LLMItemsConfig):
+        config = replace(config, llm=replace(config.llm, pretrained=False))
+    if isinstance(config.user, LLMUserConfig):
+        config = replace(config, user=replace(config.user, pretrained=False))
+    return config
+
+
+def _load_models(config: Config) -> tuple[Any, tuple[Any, Any] | None]:
+    """The User LLM's body; the Item LLM's and its tokenizer too, where both begin with the same weights."""
     llm = config.user_llm
-    assert llm is not None and isinstance(config.user, LLMUserConfig)
-    model, _ = load_trainable(locate(llm, cache_dir(config), weights=llm.pretrained), llm)
-    return UserLLM(model, config.user, config.dataset.max_history)
+    assert llm is not None
+    files = locate(llm, cache_dir(config), weights=llm.pretrained)
+    joint = isinstance(config.items, LLMItemsConfig) and llm.pretrained and config.llm.pretrained
+    if joint and locate(config.llm, cache_dir(config)) == files:
+        user_model, *item_model = load_pair(files, llm, config.llm)
+        return user_model, (item_model[0], item_model[1])
+    return load_trainable(files, llm)[0], None
 
 
-def _build_items(config: Config, datamodule: DataModule, dim: int) -> ItemTower:
+def _build_items(config: Config, datamodule: DataModule, dim: int, loaded: tuple[Any, Any] | None = None) -> ItemTower:
+    """``loaded`` is the Item LLM's body and tokenizer, where they are there already."""
     if isinstance(config.items, CachedItemsConfig):
         return CachedItems(config.items, dim)
     if isinstance(config.items, IdItemsConfig):
@@ -119,7 +148,7 @@ def _build_items(config: Config, datamodule: DataModule, dim: int) -> ItemTower:
     assert isinstance(config.items, LLMItemsConfig)
     llm, cache = config.llm, cache_dir(config)
     files = locate(llm, cache, weights=llm.pretrained)
-    model, tokenizer = load_trainable(files, llm)
+    model, tokenizer = loaded or load_trainable(files, llm)
     check_fit(files.name, model, tokenizer, llm)
     tokens = catalog_tokens(datamodule.catalog, config.dataset.text, llm, files, tokenizer, cache)
     check_vocabulary(files.name, model, tokens)
@@ -145,6 +174,26 @@ def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:
     )
 
 
+def build_strategy(config: TrainerConfig) -> LightningStrategy | str:
+    """How the processes of a run share the work.
+
+    Raises:
+        ConfigError: the package that trainer.strategy needs is not installed.
+    """
+    num_processes = config.devices * config.num_nodes
+    if config.strategy is Strategy.auto and num_processes == 1:
+        return "auto"
+    if config.strategy in (Strategy.auto, Strategy.ddp):
+        # our buffers are constants, and sending them in each forward hangs evaluations of unequally many batches
+        return DDPStrategy(broadcast_buffers=False)
+    if config.strategy is Strategy.fsdp:
+        # whole checkpoints, which hllm.evaluate and hllm.recommend read on one device
+        return ModelParallelStrategy(num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"trainer.strategy={config.strategy.name}: needs deepspeed; pip install hllm[deepspeed]")
+    return DeepSpeedStrategy(stage=2 if config.strategy is Strategy.deepspeed_stage_2 else 3)
+
+
 def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> L.Trainer:
     """A trainer with early stopping and what the item tower needs.
 
@@ -164,6 +213,8 @@ def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callback
             accelerator=auto if c.accelerator == "auto" else c.accelerator,
             devices=c.devices,
             num_nodes=c.num_nodes,
+            strategy=build_strategy(c),
+            inference_mode=c.strategy is not Strategy.fsdp,  # sharded weights are gathered in place
             precision=c.precision,  # type: ignore[arg-type]  # checked against the schema's list
             gradient_clip_val=c.gradient_clip_val,
             accumulate_grad_batches=c.accumulate_grad_batches,

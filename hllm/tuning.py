@@ -18,6 +18,8 @@ def tune(model: Any, config: TuningConfig, flag: str) -> None:
         ConfigError: nothing of the model begins with a name in freeze, or peft is not installed.
     """
     if config.lora.rank is not None:
+        if "all" in config.freeze:
+            raise ConfigError(f"{flag}.freeze=[all]: leaves {flag}.lora.rank={config.lora.rank} nothing to train")
         _inject_lora(model, config, flag)
     names = [name for name, _ in model.named_parameters()]
     for prefix in config.freeze:
@@ -40,9 +42,10 @@ def _inject_lora(model: Any, config: TuningConfig, flag: str) -> None:
         import peft
     except ImportError as error:
         raise ConfigError(f"{flag}.lora.rank={config.lora.rank}: needs peft; pip install hllm[lora]") from error
+    assert config.lora.rank is not None
     lora = peft.LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # only divided by the rank
         lora_dropout=config.lora.dropout,
         target_modules=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     )

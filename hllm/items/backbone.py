@@ -5,18 +5,39 @@ model is never run.
 """
 
 import contextlib
+import copy
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 
 from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
 from hllm.items.baichuan import baichuan_config, baichuan_tokenizer, load_baichuan
 from hllm.items.files import LLMFiles
+
+
+class HoldsLLM(nn.Module):
+    """Base of towers around a language model: rotary frequencies stay in float32 whatever the tower is cast to.
+
+    Rounded to bfloat16 they are off by 2^-9, which at position 256 is half a radian of the faster angles.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, buffer in exact:
+            setattr(module, name, buffer.to(getattr(module, name).device))
+        return self
 
 
 @dataclass
@@ -110,6 +131,20 @@ def load_trainable(files: LLMFiles, llm: LLMConfig) -> tuple[Any, Any]:
     return model.train(), tokenizer
 
 
+def load_pair(files: LLMFiles, first: LLMConfig, second: LLMConfig) -> tuple[Any, Any, Any]:
+    """Two bodies as ``load_trainable`` gives them, and the tokenizer; their common weights are read once.
+
+    Reading dominates: a GGUF file's weights are computed anew each time.
+    """
+    assert (first.pretrained, second.pretrained) == (True, True), "drawn models have nothing in common"
+    model, tokenizer = load_trainable(files, replace(first, num_layers=None))
+    models = [copy.deepcopy(model), model]
+    for body, llm in zip(models, (first, second), strict=True):
+        if llm.num_layers is not None:
+            _cut(body, llm.num_layers, files)
+    return models[0], models[1], tokenizer
+
+
 def _load(files: LLMFiles, llm: LLMConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """The body, with as many layers as are wanted, and the tokenizer."""
     baichuan = files.settings().get("model_type") == "baichuan"
@@ -121,7 +156,7 @@ def _load(files: LLMFiles, llm: LLMConfig, dtype: torch.dtype) -> tuple[Any, Any
         model, tokenizer = _load_pretrained(files, dtype)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # a BERT's; item vectors do not go through it, and it would never get a gradient
-    if llm.num_layers is not None:
+    if llm.pretrained and llm.num_layers is not None:
         _cut(model, llm.num_layers, files)
     model.config.use_cache = False  # keys and values are kept for generation only
     return model, tokenizer
@@ -135,7 +170,7 @@ def _draw(files: LLMFiles, llm: LLMConfig, dtype: torch.dtype, baichuan: bool) -
         config, tokenizer = baichuan_config(files, dtype), baichuan_tokenizer(files)
     else:
         config, tokenizer, _ = _load_tokenizer(files)
-    if llm.num_layers is not None and llm.num_layers > config.num_hidden_layers:
+    if llm.num_layers is not None:
         config.num_hidden_layers = llm.num_layers
         if (kinds := getattr(config, "layer_types", None)) is not None:
             config.layer_types = [kinds[layer % len(kinds)] for layer in range(llm.num_layers)]

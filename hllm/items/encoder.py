@@ -57,7 +57,7 @@ class Encoder:
         check_fit(backbone.name, backbone.model, backbone.tokenizer, llm)
         self.backbone, self.llm, self.names = backbone, llm, names
         self.item_token = _stored_item_token(backbone) if llm.pooling is Pooling.item else None
-        self.tokens = tokenize(backbone.tokenizer, texts, llm.max_tokens)
+        self.tokens = tokenize(backbone.tokenizer, texts, llm)
         check_vocabulary(backbone.name, backbone.model, self.tokens)
         family = backbone.model.config.model_type
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
@@ -90,9 +90,10 @@ class Encoder:
         return torch.cat(vectors)
 
     def _batches(self, rows: Sequence[int]) -> list[list[int]]:
+        extra = int(self.item_token is not None)
         batches: list[list[int]] = []
         for row in rows:
-            if batches and self.tokens.lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= self.token_budget:
+            if batches and (self.tokens.lengths[batches[-1][0]] + extra) * (len(batches[-1]) + 1) <= self.token_budget:
                 batches[-1].append(row)
             else:
                 batches.append([row])
@@ -178,7 +179,7 @@ class Tokens:
         return self.lengths.cumsum()
 
     def __len__(self) -> int:
-        return len(self._lengths) or len(self.lengths)
+        return len(self.lengths) if "lengths" in self.__dict__ else len(self._lengths)
 
     def __getitem__(self, row: int) -> list[int]:
         if row >= len(self):
@@ -187,8 +188,13 @@ class Tokens:
         return ids
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
-    """Token ids of each text with the tokenizer's own special tokens, at most ``max_tokens``, at least one."""
+def tokenize(tokenizer: Any, texts: Sequence[str], llm: LLMConfig) -> Tokens:
+    """Token ids of each text with the tokenizer's own special tokens, at most ``llm.max_tokens``, at least one.
+
+    A longer text keeps its first tokens and the special ones at its end; before an [ITEM] token, which ends every
+    text, it keeps its first tokens alone, as in the official code.
+    """
+    max_tokens = llm.max_tokens
     tokenizer.truncation_side = "right"
     specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     blank = next(token for token in specials if token is not None)
@@ -196,12 +202,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     for chunk in chunks(texts):
         whole: list[list[int]] = token_ids(tokenizer, chunk)["input_ids"]
         long = [row for row, ids in enumerate(whole) if len(ids) > max_tokens]
-        if long:  # cut by the tokenizer, which keeps its special tokens at the end
+        num_long += len(long)
+        if llm.pooling is Pooling.item:
+            whole = [ids[:max_tokens] for ids in whole]
+        elif long:  # cut by the tokenizer, which keeps its special tokens at the end
             again = [chunk[row] for row in long]
             cut = token_ids(tokenizer, again, truncation=True, max_length=max_tokens)["input_ids"]
             for row, ids in zip(long, cut, strict=True):
                 whole[row] = ids
-            num_long += len(long)
         for ids in whole:
             tokens.append(ids or [blank])
     if num_long:
@@ -256,7 +264,7 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor, llm: LLMConfig, item_tok
         texts = lengths if item_token is None else lengths - 1
         # of padding they only have to be within the model's table
         positions = torch.arange(ids.shape[1], device=ids.device) + (llm.max_tokens - texts)[:, None]
-        inputs["position_ids"] = positions.clamp(max=llm.max_tokens)
+        inputs["position_ids"] = positions.clamp(max=llm.max_tokens - (item_token is None))
     return inputs
 
 
@@ -286,7 +294,7 @@ def shared_prefix(batch: list[list[int]]) -> list[int]:
 def check_fit(name: str, model: Any, tokenizer: Any, llm: LLMConfig) -> None:
     """Raises ConfigError where llm.pooling or llm.max_tokens does not fit the model called ``name``."""
     if llm.pooling is Pooling.cls and tokenizer.cls_token_id is None:
-        raise ConfigError(f"llm.pooling=cls: the tokenizer of {name} has no [CLS] token; choose last (decoders) or mean")
+        raise ConfigError(f"llm.pooling=cls: the tokenizer of {name} has no [CLS] token; choose last or mean")
     # what a tokenizer does not know it gives as a huge number
     limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     limit = min(int(value) for value in limits if value is not None)

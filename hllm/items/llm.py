@@ -18,19 +18,19 @@ from tqdm import tqdm
 from hllm.config import LLMConfig, LLMItemsConfig, Packing, Pooling, Positions
 from hllm.data.schema import Array64
 from hllm.distributed import gather_vectors, rank, world_size
+from hllm.errors import ConfigError
+from hllm.items.backbone import HoldsLLM
 from hllm.items.encoder import PREFIX_FAMILIES, Tokens, model_inputs, pool
 from hllm.items.tokens import tokens_digest
 from hllm.items.tower import ItemTower
-try:
-    from hllm.items.varlen import can_pack, packed_hidden
-except ImportError: can_pack=lambda *a: False
+from hllm.items.varlen import FAMILIES, can_pack, packed_hidden
 from hllm.tuning import is_trained, tune
 
 BUDGET = {"cpu": 2048, "cuda": 65536}
 "Tokens a pack: a CPU is fastest while activations stay in its cache, a GPU wants large products."
 
 
-class LLMItems(ItemTower):
+class LLMItems(HoldsLLM, ItemTower):
     """A language model that reads item texts; its hidden state at a learned [ITEM] token is the vector.
 
     The token is a parameter, N(0, 0.02) at first, that is put behind the text's embeddings: the vocabulary stays as it
@@ -41,6 +41,9 @@ class LLMItems(ItemTower):
         tokens: of each item's text; row r is item r + 1.
         llm: pooling, positions, max_tokens and token_budget.
         dim: D; where it is not E, a linear map without bias comes behind the model.
+
+    Raises:
+        ConfigError: config.packing or config.tuning does not fit the model, or peft is not installed.
     """
 
     collective = True
@@ -48,6 +51,11 @@ class LLMItems(ItemTower):
     def __init__(self, model: Any, tokens: Tokens, llm: LLMConfig, config: LLMItemsConfig, dim: int) -> None:
         super().__init__()
         self.model, self.tokens, self.llm, self.config = model, tokens, llm, config
+        family = model.config.model_type
+        if config.packing is Packing.packed and family not in FAMILIES:
+            raise ConfigError(
+                f"items.packing=packed: {family} is not of {', '.join(sorted(FAMILIES))}; choose auto or padded"
+            )
         self.num_items, width = len(tokens), int(model.config.hidden_size)
         made_from = f"{tokens_digest(tokens)} {llm.pooling.value} {llm.positions.value} {llm.max_tokens}"
         self.fingerprint = "llm " + hashlib.sha256(made_from.encode()).hexdigest()[:20]
@@ -61,7 +69,8 @@ class LLMItems(ItemTower):
             self.item_token.requires_grad_(False)
         self.trained = is_trained(model) or (llm.pooling is Pooling.item and self.item_token.requires_grad)
         # causal models cannot see right padding, and without a mask they run on fused kernels
-        self._causal = model.config.model_type in PREFIX_FAMILIES
+        self._causal = family in PREFIX_FAMILIES
+        self.train()  # Lightning leaves modes as it finds them
 
     def train(self, mode: bool = True) -> "LLMItems":
         super().train(mode)
@@ -129,8 +138,9 @@ class LLMItems(ItemTower):
         hidden = packed_hidden(self.model, embeds, lengths, positions.to(device))  # (T, E)
         if self.llm.pooling is Pooling.mean:
             owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
-            sums = torch.zeros(len(lengths), hidden.shape[1], device=device).index_add(0, owner, hidden.float())
-            return (sums / lengths.to(device)[:, None]).to(hidden.dtype)
+            summed = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+            summed = summed.index_add(0, owner, hidden.float())
+            return (summed / lengths.to(device)[:, None]).to(hidden.dtype)
         return hidden[(starts if self.llm.pooling is Pooling.cls else ends - 1).to(device)]
 
     @property

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from hllm.config import LLMConfig, Selection, TextConfig
+from hllm.config import LLMConfig, Pooling, Selection, TextConfig
 from hllm.data.schema import Catalog
 from hllm.disk import file_digest, file_digests, locked, write_whole, writing
 from hllm.errors import CacheError
-from hllm.items.encoder import Tokens, tokenize
+from hllm.items.encoder import Tokens, token_ids, tokenize
 from hllm.items.files import SETTINGS, LLMFiles
 from hllm.items.selection import select_texts, selection_identity
 from hllm.items.store import texts_digest
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 "Of the files' layout and of what tokenize does; part of the key."
+PROBE = "Ein Satz: it's 12 wörter, (1995)."
 ARRAYS = {"ids": np.int32, "lengths": np.int64}
 
 
@@ -45,6 +46,9 @@ def catalog_tokens(
         "texts": texts_digest(catalog.ids.to_list(), parts.each()),
         "tokenizer": _tokenizer_digests(files, cache_dir),
         "max_tokens": llm.max_tokens,
+        "cut": "head" if llm.pooling is Pooling.item else "text",
+        # one tokenizer file is read in other ways by other releases: SmolLM2's has a bos token in some, in some not
+        "probe": token_ids(tokenizer, ["", PROBE])["input_ids"],
     }
     if text.selection is not Selection.head:
         made_from["selection"] = selection_identity(parts, None, text.selection)
@@ -56,7 +60,7 @@ def catalog_tokens(
             found = _load(folder, len(catalog))  # another run may have made them while this one waited
             if found is None:
                 texts = select_texts(parts, None, text.selection, tokenizer, llm.max_tokens)
-                _write(folder, tokenize(tokenizer, texts, llm.max_tokens), made_from)
+                _write(folder, tokenize(tokenizer, texts, llm), made_from)
                 found = _load(folder, len(catalog))
     if found is None:
         raise CacheError(f"{folder}: not what was just written to it; check the disk")

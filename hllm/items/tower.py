@@ -49,8 +49,9 @@ class IdItems(ItemTower):
         self.table = nn.Embedding(num_items + 1, width, padding_idx=0)
         nn.init.normal_(self.table.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
-        self.projector = nn.Identity() if width == dim else nn.Linear(width, dim, bias=False)
+        self.projector: nn.Module = nn.Identity()
         if width != dim:
+            self.projector = nn.Linear(width, dim, bias=False)
             nn.init.normal_(self.projector.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ B users, L history length, D width.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hllm.config import LLMUserConfig
 from hllm.errors import ConfigError
+from hllm.items.backbone import HoldsLLM
 from hllm.tuning import tune
 
 
-class UserLLM(nn.Module):
+class UserLLM(HoldsLLM):
     """Item vectors -> the final-norm hidden state at every event, which predicts the item that follows.
 
     Item vectors go in as they are. The vocabulary's embeddings are dropped, the head was never loaded. Rows hold real
