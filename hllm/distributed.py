@@ -1,14 +1,18 @@
 """What several processes tell one another in a step; on one process each of these does nothing.
 
-W processes. All of them must call in the same order.
+W processes. All of them must call in the same order, also one that has nothing to tell.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -49,6 +53,15 @@ def total(count: int, device: torch.device) -> int:
     return int(summed)
 
 
+def most(count: int, device: torch.device) -> int:
+    """Largest over the processes."""
+    if world_size() == 1:
+        return count
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather_vectors(vectors: Tensor) -> Tensor:
     """(m, D), m the same everywhere -> (W, m, D); a vector's gradients in all processes come back to its maker."""
     if world_size() == 1:
@@ -71,3 +84,62 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[rank()]
+
+
+def shard(tower: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None) -> None:
+    """Shard a tower's weights, gradients and optimizer state over the processes, in place (FSDP2).
+
+    Each layer is gathered when it runs; what lies around the layers stays gathered from the tower's forward to the end
+    of its backward, because an item token or an embedding is also read where activations are computed again.
+
+    Args:
+        mesh: of one dimension.
+        layer_dtype: in which layers are gathered and compute, for mixed precision; gradients are summed in float32, and
+            what lies between layers keeps its dtype, as under plain autocast.
+    """
+    if isinstance(tower, FSDPModule) or next(tower.parameters(), None) is None:
+        return
+    policy = MixedPrecisionPolicy(layer_dtype, torch.float32, cast_forward_inputs=False)
+    for layer in _layers(tower):
+        fully_shard(layer, mesh=mesh, mp_policy=policy if layer_dtype else MixedPrecisionPolicy())
+    fully_shard(tower, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def _layers(module: nn.Module) -> Iterable[nn.Module]:
+    """The members of the outermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean over the processes of the gradients of parameters that no strategy looks after: those outside of shards."""
+    for parameter in parameters:
+        if parameter.requires_grad and not is_sharded(parameter):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
+
+
+def clip_gradient_norm(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale all gradients so that their norm is at most ``limit``; torch's own cannot mix shards with whole ones."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    device = (parts + whole)[0].device
+    squares = torch.zeros((), device=device)
+    for part in parts:
+        squares += part.float().square().sum()
+    dist.all_reduce(squares)
+    for gradient in whole:
+        squares += gradient.float().square().sum()
+    factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
+    for gradient in parts + whole:
+        gradient *= factor.to(gradient.dtype)

@@ -67,7 +67,7 @@ class Loss(nn.Module, ABC):
 
 
 def softmax_loss(users: Tensor, items: Tensor, labels: Tensor, head: SimilarityHead, chunk_size: int) -> Tensor:
-    """Exact softmax cross entropy over all given items, mean over positions, in float32.
+    """Exact softmax cross entropy over all given items, mean over positions, in float32; 0 for no position.
 
     Args:
         users: (N, D). items: (I, D). labels: (N,) rows of ``items``.
@@ -78,7 +78,7 @@ def softmax_loss(users: Tensor, items: Tensor, labels: Tensor, head: SimilarityH
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             scaled, head.prepare(items.float()), labels, chunk_size
         )
-    return total / len(users)
+    return total / max(len(users), 1)
 
 
 def default_chunk_size(num_items: int, device: torch.device) -> int:

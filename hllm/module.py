@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from hllm.config import Decay, EvaluationConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
-from hllm.distributed import gather_ids, total, world_size
+from hllm.distributed import (
+    average_gradients,
+    clip_gradient_norm,
+    gather_ids,
+    is_sharded,
+    most,
+    shard,
+    total,
+    world_size,
+)
 from hllm.errors import CheckpointError
 from hllm.head import SimilarityHead
 from hllm.items.tower import ItemTower
@@ -24,6 +33,7 @@ from hllm.metrics import RankingMetrics, target_ranks
 
 LLM_WEIGHTS = ("items.model.", "users.model.")
 "Beginnings of the names of language models' own weights, which optimizer.llm_lr is for."
+
 
 class Recommender(L.LightningModule):
     """Predicts the next item of a history.
@@ -66,6 +76,15 @@ class Recommender(L.LightningModule):
         self.last_step: LastStep | None = None
         "What the newest training step tells of a collapse."
         self._catalogue: Tensor | None = None
+        self._idle_batches = 0
+
+    def configure_model(self) -> None:
+        """Shard both towers where the strategy asks for it; Lightning calls this before each fit and evaluation."""
+        if self.device_mesh is None:
+            return
+        mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        for tower in (self.items, self.users):
+            shard(tower, self.device_mesh["data_parallel"], mixed)
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
         """User vectors at every event: (B, L, D), from the (n, D) vectors of the (n,) ascending ids of the batch."""
@@ -109,16 +128,24 @@ class Recommender(L.LightningModule):
         return self._catalogue
 
     def on_validation_epoch_start(self) -> None:
-        self._encode_catalogue()
+        self._begin_evaluation(self.trainer.num_val_batches)
 
     def on_test_epoch_start(self) -> None:
-        self._encode_catalogue()
+        self._begin_evaluation(self.trainer.num_test_batches)
         self.test_ranks = []
 
-    def _encode_catalogue(self) -> None:
+    def _begin_evaluation(self, num_batches: list[int | float]) -> None:
         self._catalogue = None
-        if self.items.collective:  # at once and in all processes: one without a batch would never ask for it
-            self.catalogue()
+        self.catalogue()  # at once and in all processes: one without a batch would never ask for it
+        own = int(sum(num_batches))
+        self._idle_batches = most(own, self.device) - own
+
+    def _end_evaluation(self) -> None:
+        """Wait for processes with more batches: where weights are sharded, a user tower only runs in all at once."""
+        for _ in range(self._idle_batches):
+            x = self.catalogue()[None, :1]  # (1, 1, D)
+            self.users(x, x.new_ones(1, 1, dtype=torch.bool), x.new_zeros(1, 1, dtype=torch.int64))
+        self._catalogue = None  # training needs the memory
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._rank(batch, self.scores(batch), self.val_metrics)
@@ -137,11 +164,11 @@ class Recommender(L.LightningModule):
         return targets, ranks
 
     def on_validation_epoch_end(self) -> None:
-        self._catalogue = None  # training needs the memory
+        self._end_evaluation()
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._catalogue = None
+        self._end_evaluation()
         if self.trainer.world_size > 1:
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, self.test_ranks)
@@ -153,6 +180,21 @@ class Recommender(L.LightningModule):
         self.results[split] = metrics.compute()
         metrics.reset()
         self.log_dict({f"{split}/{name}": value for name, value in self.results[split]["all"].items()})
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.device_mesh is not None:
+            average_gradients(self.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.device_mesh is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            clip_gradient_norm(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the rate rises over the warm-up and then follows the schedule to 0."""
@@ -176,16 +218,20 @@ class Recommender(L.LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters by rate and decay: language models' own beside the others, matrices beside the rest."""
         config = self.optimizer_config
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         for matrix in (True, False):
             for name, parameter in named:
                 if (parameter.ndim >= 2) is matrix:
                     own = config.llm_lr is not None and name.startswith(LLM_WEIGHTS)
                     decayed = matrix or config.decay is Decay.all
-                    key = (config.llm_lr or config.lr if own else config.lr, config.weight_decay if decayed else 0.0)
-                    groups.setdefault(key, []).append(parameter)
-        return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+                    lr, decay = (
+                        config.llm_lr or config.lr if own else config.lr,
+                        config.weight_decay if decayed else 0.0,
+                    )
+                    # one step of the optimizer does not mix shards with whole tensors
+                    groups.setdefault((lr, decay, is_sharded(parameter)), []).append(parameter)
+        return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay, _), group in groups.items()]
 
     @property
     def identity(self) -> dict[str, str]:
