@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from hllm.build import build_datamodule, build_module, build_trainer
 from hllm.cli import parse, quiet_libraries, report_errors
-from hllm.config import Config, from_plain
+from hllm.config import Config, Strategy, from_plain
 from hllm.data.base import DataModule
 from hllm.errors import CheckpointError
 from hllm.module import Recommender
@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     path = Path(options.ckpt)
     config = checkpoint_config(path, options.root, options.cache_dir)
-    config = replace(config, trainer=replace(config.trainer, accelerator=options.accelerator, devices=1, num_nodes=1))
+    alone = replace(config.trainer, accelerator=options.accelerator, devices=1, num_nodes=1, strategy=Strategy.auto)
+    config = replace(config, trainer=alone)
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
     trainer = build_trainer(config, path.parent, loggers=[], callbacks=[])
