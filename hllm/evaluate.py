@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     alone = replace(config.trainer, accelerator=options.accelerator, devices=1, num_nodes=1, strategy=Strategy.auto)
     config = replace(config, trainer=alone)
     datamodule = build_datamodule(config)
-    module = build_module(config, datamodule)
+    module = build_module(config, datamodule, read_weights=False)
     trainer = build_trainer(config, path.parent, loggers=[], callbacks=[])
     evaluation = evaluate(trainer, module, datamodule, path)
     print(full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}"))

@@ -12,14 +12,20 @@ from torch import Tensor
 
 from hllm.build import build_datamodule, build_module, cache_dir
 from hllm.cli import parse, quiet_libraries, report_errors
-from hllm.config import Config
+from hllm.config import Config, Selection
 from hllm.data.delimited import read_catalog
 from hllm.data.lookup import find_row
 from hllm.data.schema import Batch, Catalog
 from hllm.errors import ConfigError
 from hllm.evaluate import checkpoint_config, load_checkpoint
+from hllm.items.backbone import load_tokenizer
 from hllm.items.cache import embed_catalog
+from hllm.items.encoder import tokenize
+from hllm.items.files import locate
+from hllm.items.llm import LLMItems
+from hllm.items.selection import select_texts
 from hllm.items.store import ItemTable
+from hllm.items.text import text_parts
 from hllm.items.tower import CachedItems
 from hllm.report import text_table
 
@@ -31,7 +37,7 @@ Prints the k items to come next, with their scores. Items of the history are lef
   user       instead of a history: a user of the data set, by original id
   k          length of the list
   new_items  a CSV file with the columns id and those of the text template: items to rank beside the catalogue,
-             embedded now and ranked without training again (items=cached only); a history may name them
+             embedded now and ranked without training again (not items=id); a history may name them
   root       the data set's raw files, if not where the run read them
   cache_dir  downloads and item embeddings, if not where the run kept them"""
 
@@ -70,7 +76,7 @@ class Recommendations:
         self.config = config
         self.datamodule = build_datamodule(config)
         self.catalog = self.datamodule.catalog
-        self.module = build_module(config, self.datamodule)
+        self.module = build_module(config, self.datamodule, read_weights=False)
         if isinstance(self.module.items, CachedItems):
             self.module.items.attach(self._embed(self.catalog))
         checkpoint = load_checkpoint(ckpt)
@@ -84,19 +90,19 @@ class Recommendations:
         return embed_catalog(catalog, self.config.dataset.text, self.config.llm, cache_dir(self.config), corpus)
 
     def _add(self, new: Catalog) -> None:
-        """Rank further items: embedded by the same LLM, mapped by what was fitted on the training catalogue."""
-        if not isinstance(self.module.items, CachedItems):
+        """Rank further items: read by the same LLM, mapped by what was fitted on the training catalogue."""
+        items = self.module.items
+        if not isinstance(items, CachedItems | LLMItems):
             raise ConfigError(f"new_items: items={self.config.items.name} knows only the items it was trained on")
         if known := set(self.catalog.ids) & set(new.ids):
             raise ConfigError(f"new_items: id {min(known)} is in the catalogue already")
         try:
-            added = self._embed(new, self.catalog)
+            if isinstance(items, CachedItems):
+                self._add_vectors(items, new)
+            else:
+                self._add_tokens(items, new)
         except ConfigError as error:  # a column of the template is not in the file
             raise ConfigError(f"new_items: {error}") from error
-        old = self.module.items.table
-        assert old is not None
-        vectors = torch.cat([old.vectors, added.vectors.to(old.vectors.dtype)])
-        self.module.items.attach(ItemTable([*old.ids, *added.ids], vectors, f"{old.fingerprint}+{added.fingerprint}"))
         self.catalog = Catalog(
             pl.concat([self.catalog.ids, new.ids]),
             {
@@ -104,6 +110,20 @@ class Recommendations:
                 for name, column in self.catalog.fields.items()
             },
         )
+
+    def _add_vectors(self, items: CachedItems, new: Catalog) -> None:
+        added, old = self._embed(new, self.catalog), items.table
+        assert old is not None
+        vectors = torch.cat([old.vectors, added.vectors.to(old.vectors.dtype)])
+        items.attach(ItemTable([*old.ids, *added.ids], vectors, f"{old.fingerprint}+{added.fingerprint}"))
+
+    def _add_tokens(self, items: LLMItems, new: Catalog) -> None:
+        text, llm = self.config.dataset.text, self.config.llm
+        parts = text_parts(new, text)
+        corpus = None if text.selection is Selection.head else text_parts(self.catalog, text)
+        tokenizer = load_tokenizer(locate(llm, cache_dir(self.config), weights=False))
+        texts = select_texts(parts, corpus, text.selection, tokenizer, llm.max_tokens)
+        items.append(tokenize(tokenizer, texts, llm))
 
     def history_of_titles(self, titles: list[str]) -> Batch:
         """One row of the items with these titles, oldest first; all events at one time.

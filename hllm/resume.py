@@ -13,7 +13,7 @@ from hllm.disk import write_whole
 from hllm.errors import CheckpointError
 from hllm.evaluate import load_checkpoint
 
-FREE = ("cache_dir", "ckpt", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
+FREE = ("cache_dir", "ckpt", "init", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
 "Flags that may differ: they change neither weights nor schedule."
 
 

@@ -21,6 +21,7 @@ from hllm.items.tower import CachedItems
 from hllm.report import full_report
 from hllm.resume import RandomState, take_over
 from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
+from hllm.weights import InitialWeights, read_weights
 
 
 def train(config: Config, run_dir: Path) -> Evaluation:
@@ -34,14 +35,16 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     quiet_libraries()
     config = pin_dtype(config)
     started = time.perf_counter()
+    initial = None if config.init is None else read_weights(Path(config.init))  # a wrong file shows at once
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
     config = pin_template(config, datamodule.catalog)
     write_run_info(config, run_dir)
-    module = build_module(config, datamodule)
+    module = build_module(config, datamodule, read_weights=initial is None or not initial.replace_all(config))
     resumed = None if config.ckpt is None else take_over(Path(config.ckpt), config, run_dir)
     checkpoint = build_checkpoint(config, run_dir)
-    trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), [checkpoint, RandomState()])
+    callbacks = [checkpoint, RandomState(), *([] if initial is None else [InitialWeights(initial)])]
+    trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), callbacks)
     trainer.fit(module, datamodule, ckpt_path=resumed, weights_only=True)
     if not checkpoint.best_model_path:
         raise HllmError(f"training stopped before the first validation; nothing to evaluate in {run_dir}")

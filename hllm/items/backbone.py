@@ -209,7 +209,7 @@ def load_tokenizer(files: LLMFiles) -> Any:
 @contextlib.contextmanager
 def _loading(files: LLMFiles) -> Iterator[None]:
     """What goes wrong in transformers, as one line that names the model."""
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             yield
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -256,7 +256,7 @@ def _check_text_model(files: LLMFiles, config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and notes off the screen while a model loads; errors are raised all the same."""
     from transformers.utils import logging as verbosity
 

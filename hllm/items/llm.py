@@ -95,6 +95,12 @@ class LLMItems(HoldsLLM, ItemTower):
         vectors: Tensor = self(ids, show_progress=True)
         return vectors
 
+    def append(self, tokens: Tokens) -> None:
+        """Take further items, behind those that are there."""
+        both = [np.concatenate(pair) for pair in zip(*((t.ids, t.lengths) for t in (self.tokens, tokens)), strict=True)]
+        self.tokens = Tokens.of(*both)
+        self.num_items = len(self.tokens)
+
     @property
     def _extra(self) -> int:
         return int(self.llm.pooling is Pooling.item)
