@@ -3,6 +3,7 @@
 n ids, T tokens, E width of the Item LLM, D width of the user model, W processes.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hllm.distributed import gather_vectors, rank, world_size
 from hllm.errors import ConfigError
 from hllm.items.backbone import HoldsLLM
 from hllm.items.encoder import PREFIX_FAMILIES, Tokens, model_inputs, pool
+from hllm.items.last import LastFeedForward
 from hllm.items.tokens import tokens_digest
 from hllm.items.tower import ItemTower
 from hllm.items.varlen import FAMILIES, can_pack, packed_hidden
@@ -70,6 +72,10 @@ class LLMItems(HoldsLLM, ItemTower):
         self.trained = is_trained(model) or (llm.pooling is Pooling.item and self.item_token.requires_grad)
         # causal models cannot see right padding, and without a mask they run on fused kernels
         self._causal = family in PREFIX_FAMILIES
+        spare = (
+            self._causal and llm.pooling in (Pooling.item, Pooling.last) and not config.tuning.gradient_checkpointing
+        )
+        self._last = LastFeedForward(model) if spare else None
         self.train()  # Lightning leaves modes as it finds them
 
     def train(self, mode: bool = True) -> "LLMItems":
@@ -128,7 +134,8 @@ class LLMItems(HoldsLLM, ItemTower):
     def _padded(self, rows: Array64, device: torch.device) -> Tensor:
         ids, mask = (part.to(device) for part in self.tokens.padded(rows, self._extra))  # (b, T)
         inputs = model_inputs(self.model, ids, mask, self.llm, self._item_token)
-        hidden = self.model(**inputs, attention_mask=None if self._causal else mask).last_hidden_state  # (b, T, E)
+        with self._read_at(torch.arange(len(rows), device=device), mask.sum(1) - 1):
+            hidden = self.model(**inputs, attention_mask=None if self._causal else mask).last_hidden_state  # (b, T, E)
         return pool(hidden, mask, self.llm.pooling)
 
     def _packed(self, rows: Array64, device: torch.device) -> Tensor:
@@ -141,13 +148,19 @@ class LLMItems(HoldsLLM, ItemTower):
         embeds = self.model.get_input_embeddings()(ids.to(device))  # (T, E)
         if self._item_token is not None:
             embeds = embeds.index_put(((ends - 1).to(device),), self._item_token.to(embeds.dtype))
-        hidden = packed_hidden(self.model, embeds, lengths, positions.to(device))  # (T, E)
+        last = (ends - 1).to(device)
+        with self._read_at(torch.zeros_like(last), last):
+            hidden = packed_hidden(self.model, embeds, lengths, positions.to(device))  # (T, E)
         if self.llm.pooling is Pooling.mean:
             owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
             summed = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
             summed = summed.index_add(0, owner, hidden.float())
             return (summed / lengths.to(device)[:, None]).to(hidden.dtype)
         return hidden[(starts if self.llm.pooling is Pooling.cls else ends - 1).to(device)]
+
+    def _read_at(self, *places: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it, what the model gives at other places of (b, T) or (1, T) is not to be read."""
+        return contextlib.nullcontext() if self._last is None else self._last.only(*places)
 
     @property
     def _item_token(self) -> Tensor | None:
