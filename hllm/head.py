@@ -4,10 +4,12 @@ N user vectors, M item vectors, D width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hllm.config import HeadConfig, Similarity
 
@@ -18,7 +20,8 @@ class SimilarityHead(nn.Module):
     """Dot product or cosine, times a scale of 1 / temperature.
 
     A learned scale is kept as its logarithm and clamped to [0, ln 100] where it is used, as CLIP and the official
-    HLLM do. The clamp is part of the graph: outside the range the scale gets no gradient, so it cannot drift off.
+    HLLM do. They clamp the weight in place; here only what is used is clamped, because a sharded weight is no place
+    to write to, and the gradient keeps the weight from drifting off.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -34,7 +37,8 @@ class SimilarityHead(nn.Module):
 
     def scale(self) -> Tensor:
         """() the factor on the similarity."""
-        return (self.log_scale.clamp(0, MAX_LOG_SCALE) if self.learned else self.log_scale).exp()
+        log_scale: Tensor = _Clamp.apply(self.log_scale) if self.learned else self.log_scale  # type: ignore[no-untyped-call]
+        return log_scale.exp()
 
     def prepare(self, vectors: Tensor) -> Tensor:
         """(..., D) -> (..., D) as the inner product needs them: of unit length for cosine; zero vectors stay zero."""
@@ -48,3 +52,23 @@ class SimilarityHead(nn.Module):
         with torch.autocast(users.device.type, enabled=False):
             dtype = self.score_dtype
             return (self.prepare(users.to(dtype)) * self.scale().to(dtype)) @ self.prepare(items.to(dtype)).T
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamp to [0, ln 100]. Outside, only a gradient that leads back passes.
+
+    The clamp of torch passes none, so a weight that a step carried out of the range would stay there for good; one
+    that passed all would let it wander ever further off.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor) -> Tensor:
+        ctx.save_for_backward(log_scale)
+        return log_scale.clamp(0, MAX_LOG_SCALE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (log_scale,) = ctx.saved_tensors
+        outward = ((log_scale < 0) & (grad > 0)) | ((log_scale > MAX_LOG_SCALE) & (grad < 0))
+        return grad.masked_fill(outward, 0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hllm.config import HeadConfig, Similarity
+from hllm.config import HeadConfig, ScoreDtype, Similarity
 from hllm.head import SimilarityHead
+from hllm.metrics import RankingMetrics, target_ranks
 
 USERS, ITEMS = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [6.0, 8.0], [0.0, -5.0]])
 
@@ -64,10 +65,70 @@ def test_a_learned_scale_stays_within_1_and_100(log_scale: float, scale: float) 
     assert head.scale().item() == pytest.approx(scale, rel=1e-5)
 
 
-@pytest.mark.parametrize("log_scale", [-1.0, 9.0])
-def test_outside_its_range_a_learned_scale_has_no_gradient(log_scale: float) -> None:
+def gradient(log_scale: float, sign: int) -> float:
+    """Of ``sign`` times the scale, with respect to its logarithm."""
     head = SimilarityHead(HeadConfig(learned=True))
     head.log_scale.data.fill_(log_scale)
-    head.scale().backward()
+    (sign * head.scale()).backward()
     assert head.log_scale.grad is not None
-    assert head.log_scale.grad.item() == 0
+    return head.log_scale.grad.item()
+
+
+@pytest.mark.parametrize(("log_scale", "outward"), [(-1.0, 1), (9.0, -1)])
+def test_outside_its_range_a_learned_scale_has_a_gradient_only_back(log_scale: float, outward: int) -> None:
+    assert gradient(log_scale, outward) == 0
+    assert gradient(log_scale, -outward) == pytest.approx(-outward * min(max(math.exp(log_scale), 1), 100), rel=1e-5)
+
+
+@pytest.mark.parametrize("log_scale", [0.0, math.log(100)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_at_the_edge_of_its_range_a_learned_scale_has_a_gradient(log_scale: float, sign: int) -> None:
+    """Reference 8, Loss: the official in-place clamp leaves a gradient at the boundary; so does ours."""
+    assert gradient(log_scale, sign) == pytest.approx(sign * math.exp(log_scale), rel=1e-5)
+
+
+def test_a_learned_scale_that_was_pushed_out_of_its_range_stays_near_and_comes_back() -> None:
+    head = SimilarityHead(HeadConfig(temperature=0.0101, learned=True))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
+    for sign, steps in ((-1, 100), (1, 40)):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (sign * head.scale()).backward()
+            optimizer.step()
+        if sign == -1:
+            assert head.scale().item() == pytest.approx(100)
+            assert head.log_scale.item() < math.log(100) + 0.1
+    assert head.scale().item() < 99
+
+
+def test_a_learned_scale_starts_at_the_official_one() -> None:
+    """Reference 8, Loss: exp of the initial log-scale is 14.2857."""
+    head = SimilarityHead(HeadConfig(temperature=0.07, learned=True))
+    assert head.log_scale.item() == pytest.approx(2.65926, abs=1e-5)
+    assert head.scale().item() == pytest.approx(14.2857, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ScoreDtype)
+def test_scores_are_of_the_score_dtype(dtype: ScoreDtype) -> None:
+    """Reference 8, Optimisation: float32 scores or bfloat16 ones, by a switch; autocast changes neither."""
+    head = SimilarityHead(HeadConfig(score_dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(USERS.bfloat16(), ITEMS)
+    assert scores.dtype == getattr(torch, dtype.value)
+    exact = SimilarityHead(HeadConfig())(USERS, ITEMS)
+    torch.testing.assert_close(scores.float(), exact, atol=0.1, rtol=0.01)
+    assert torch.equal(scores.float(), exact) is (dtype is ScoreDtype.float32)
+
+
+def test_bfloat16_scores_tie_and_the_metrics_say_so() -> None:
+    """Reference 1.10: the official scores are bfloat16, so many items share the target's."""
+    torch.manual_seed(0)
+    users, items, targets = torch.randn(200, 16), torch.randn(500, 16), torch.randint(1, 501, (200,))
+    ties = {}
+    for dtype in ScoreDtype:
+        metrics = RankingMetrics([10], [1])
+        scores = SimilarityHead(HeadConfig(score_dtype=dtype))(users, items)
+        metrics.update(*target_ranks(scores, targets, torch.empty(2, 0, dtype=torch.int64)), torch.ones(200))
+        ties[dtype] = metrics.compute()["all"]["ties"]
+    assert ties[ScoreDtype.float32] < 0.02
+    assert ties[ScoreDtype.bfloat16] > 0.3

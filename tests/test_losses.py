@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hllm.config import CELossConfig, HeadConfig, NCELossConfig, Similarity
+from hllm.config import CELossConfig, HeadConfig, NCELossConfig, ScoreDtype, Similarity
 from hllm.head import SimilarityHead
 from hllm.losses import Candidates, CrossEntropyLoss, NCELoss, info_nce_loss, softmax_loss
 
@@ -50,12 +50,13 @@ def test_info_nce_by_hand() -> None:
     """Three users and three items, of which item 30 is nobody's target."""
     users = torch.eye(3)
     items = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [3.0, 0.0, 2.0]])
-    found = info_nce_loss(
+    found, negatives = info_nce_loss(
         users, items, candidates([10, 20, 30], [10, 20, 30]), torch.tensor([10, 20, 20]), DOT
     )  # each user's scores are a column of items
     rows = [(1.0, 0.0, 3.0, 1.0), (2.0, 1.0, 0.0, 1.0), (0.0, 1.0, 2.0, 1.0)]
     expected = sum(math.log(sum(map(math.exp, row[:3]))) - row[3] for row in rows) / 3
     assert found.item() == pytest.approx(expected, abs=1e-6)
+    assert negatives.item() == 2
 
 
 def test_ce_is_the_softmax_over_the_whole_catalogue(vectors: tuple[Tensor, Tensor]) -> None:
@@ -64,7 +65,9 @@ def test_ce_is_the_softmax_over_the_whole_catalogue(vectors: tuple[Tensor, Tenso
     found = loss.candidates(targets, num_items=7)
     assert found.ids.tolist() == list(range(1, 8))
     expected = reference_nce(users, dict(enumerate(items, start=1)), set(range(1, 8)), targets.tolist())
-    assert loss(users, items, found, targets, HEAD).item() == pytest.approx(expected, abs=1e-5)
+    value, negatives = loss(users, items, found, targets, HEAD)
+    assert value.item() == pytest.approx(expected, abs=1e-5)
+    assert negatives.item() == 6
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10])
@@ -84,9 +87,10 @@ def test_nce_equals_its_definition(vectors: tuple[Tensor, Tensor], in_batch: boo
     users, items = vectors
     ids, targets = [2, 3, 5, 8, 13, 21, 34], [2, 3, 5, 2, 2, 13, 13, 3, 5, 2, 8]
     negatives = set(ids) if in_batch else {2, 21, 34}
-    found = info_nce_loss(users, items, candidates(ids, list(negatives)), torch.tensor(targets), HEAD)
+    found, number = info_nce_loss(users, items, candidates(ids, list(negatives)), torch.tensor(targets), HEAD)
     expected = reference_nce(users, dict(zip(ids, items, strict=True)), negatives, targets)
     assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert number.item() == pytest.approx(sum(len(negatives - {target}) for target in targets) / 11)
 
 
 def test_a_target_drawn_as_negative_changes_nothing(vectors: tuple[Tensor, Tensor]) -> None:
@@ -94,14 +98,196 @@ def test_a_target_drawn_as_negative_changes_nothing(vectors: tuple[Tensor, Tenso
     targets = torch.tensor([1, 1, 1, 1])
     apart = info_nce_loss(users, items, candidates([1, 2, 3], [2, 3]), targets, HEAD)
     drawn = info_nce_loss(users, items, candidates([1, 2, 3], [1, 2, 3]), targets, HEAD)
-    assert drawn.item() == apart.item()
+    assert drawn == apart
 
 
 def test_an_equal_vector_of_another_item_stays_a_negative() -> None:
     """Ids decide, not similarity: the official code's rule would leave no negatives when vectors collapse."""
     items = torch.ones(3, 2)
-    loss = info_nce_loss(torch.ones(1, 2), items, candidates([1, 2, 3], [2, 3]), torch.tensor([1]), HEAD)
+    loss, negatives = info_nce_loss(torch.ones(1, 2), items, candidates([1, 2, 3], [2, 3]), torch.tensor([1]), HEAD)
     assert loss.item() == pytest.approx(math.log(3), abs=1e-5)
+    assert negatives.item() == 2
+
+
+def test_collapsed_vectors_under_a_similarity_threshold_leave_no_negative_no_loss_and_no_gradient() -> None:
+    """Reference 0.5: the official mask makes a collapse absorbing. Here it is a choice, and the count tells of it."""
+    users, items = torch.randn(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    offered, targets = candidates([1, 2, 3], [1, 2, 3]), torch.tensor([1, 2])
+    loss, negatives = info_nce_loss(users, items, offered, targets, HEAD, similarity_threshold=0.99)
+    loss.backward()
+    assert (loss.item(), negatives.item()) == (0, 0)
+    assert users.grad is not None
+    assert items.grad is not None
+    assert not users.grad.any()
+    assert not items.grad.any()
+    assert offered.offered().item() == 3
+
+
+OFFICIAL_ITEMS = torch.tensor([[1.0, 0.0], [5.0, 0.2], [0.0, 2.0], [-3.0, 4.0]])
+"Ids 1 to 4. Cosines: 1 with 2 0.9992, 1 with 3 0, 1 with 4 -0.6, 2 with 3 0.04, 2 with 4 -0.5676, 3 with 4 0.8."
+
+
+def test_official_loss_by_hand() -> None:
+    """Reference 8, Loss: 3 positions x 4 items as section 1.8 has it, to 1e-6: cosines over 0.07, mean over positions.
+
+    A negative with cos(target, negative) > 0.99 goes, at that position only; the target's own id always; the positive
+    never.
+    """
+    users, targets = torch.tensor([[3.0, 4.0], [0.0, 1.0], [-4.0, 3.0]]), torch.tensor([1, 3, 4])
+    head = SimilarityHead(HeadConfig(temperature=0.07, learned=True))
+    found = nce(in_batch=False, distinct=False, similarity_threshold=0.99)(
+        users, OFFICIAL_ITEMS, candidates([1, 2, 3, 4], [1, 2, 3, 4]), targets, head
+    )
+    length = math.sqrt(25.04)
+    cosines = [  # of each user: with its positive, then with its negatives
+        (0.6, [0.8, -9 / 25 + 16 / 25]),  # target 1: item 2 is too like it
+        (1.0, [0.0, 0.2 / length, 0.8]),
+        (24 / 25, [-0.8, (-4 * 5 + 3 * 0.2) / 5 / length, 0.6]),
+    ]
+    losses = [
+        -math.log(math.exp(positive / 0.07) / sum(math.exp(score / 0.07) for score in [positive, *negatives]))
+        for positive, negatives in cosines
+    ]
+    assert found[0].item() == pytest.approx(sum(losses) / 3, abs=1e-6)
+    assert found[1].item() == pytest.approx((2 + 3 + 3) / 3)  # nce_samples of the official code, less the positive
+
+
+def official_nce(users: Tensor, positives: Tensor, negatives: Tensor, log_scale: Tensor, threshold: float) -> Tensor:
+    """Reference 1.8 as it stands there: (N, D) users and positives, (K, D) negatives with all their repetitions."""
+    users, positives, negatives = (part / part.norm(dim=-1, keepdim=True) for part in (users, positives, negatives))
+    alike = positives @ negatives.T > threshold
+    scores = (users @ negatives.T).masked_fill(alike, torch.finfo(users.dtype).min)
+    logits = (
+        torch.cat([(users * positives).sum(1, keepdim=True), scores], dim=1) * log_scale.clamp(0, math.log(100)).exp()
+    )
+    return -logits.log_softmax(1)[:, 0].mean()
+
+
+@pytest.mark.parametrize("num_items", [8, 200])
+def test_official_choices_equal_the_official_formula_and_its_gradients(num_items: int) -> None:
+    """Reference 8, Loss: sampled with repetition and masked by similarity, as a naive computation has it."""
+    torch.manual_seed(0)
+    table = torch.randn(num_items + 1, 6)
+    table[3] = table[2] * 2 + 1e-3  # another id, nearly the same direction
+    users, targets, results = torch.randn(12, 6), torch.randint(1, num_items + 1, (12,)), []
+    targets[:2] = torch.tensor([2, 3])
+    loss = nce(in_batch=False, num_negatives=64, distinct=False, similarity_threshold=0.99)
+    torch.manual_seed(1)
+    drawn = torch.randint(1, num_items + 1, (64,))
+    for official in (False, True):
+        head = SimilarityHead(HeadConfig(learned=True))
+        leaves = users.clone().requires_grad_(), table.clone().requires_grad_()
+        if official:
+            value = official_nce(leaves[0], leaves[1][targets], leaves[1][drawn], head.log_scale, 0.99)
+        else:
+            torch.manual_seed(1)
+            found = loss.candidates(targets, num_items)
+            value, negatives = loss(leaves[0], leaves[1][found.ids], found, targets, head)
+        value.backward()
+        results.append((value, leaves[0].grad, leaves[1].grad, head.log_scale.grad))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    like = (
+        table[targets]
+        / table[targets].norm(dim=1, keepdim=True)
+        @ (table[drawn] / table[drawn].norm(dim=1, keepdim=True)).T
+    )
+    assert negatives.item() == pytest.approx((like <= 0.99).sum().item() / 12)
+    assert found.offered().item() == 64
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_without_distinct_an_item_counts_as_often_as_it_occurs(vectors: tuple[Tensor, Tensor], in_batch: bool) -> None:
+    """A loop over every draw, and over every other position's target where those count; a target is never its own."""
+    users, items = vectors
+    targets, total, count = torch.tensor([1, 1, 1, 2, 2, 3, 4, 4, 1, 2, 7]), 0.0, 0
+    torch.manual_seed(0)
+    drawn = torch.randint(1, 8, (20,))
+    torch.manual_seed(0)
+    loss = nce(in_batch=in_batch, num_negatives=20, distinct=False)
+    found = loss.candidates(targets, num_items=7)
+    occurrences = drawn.tolist() + (targets.tolist() if in_batch else [])
+    for user, target in zip(users, targets.tolist(), strict=True):
+        scores = F.cosine_similarity(user[None], items, dim=1) / 0.07
+        negatives = [item for item in occurrences if item != target]
+        total -= scores[target - 1] - math.log(sum(math.exp(scores[i - 1]) for i in [target, *negatives]))
+        count += len(negatives)
+    value, number = loss(users, items[found.ids - 1], found, targets, HEAD)
+    assert value.item() == pytest.approx(total.item() / 11, abs=1e-5)
+    assert number.item() == pytest.approx(count / 11)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 300])
+def test_a_step_draws_exactly_num_negatives(positions: int) -> None:
+    """Reference 8, Loss, bettered: K does not depend on the batch."""
+    torch.manual_seed(0)
+    found = nce(in_batch=False, num_negatives=96, distinct=False).candidates(torch.ones(positions).long(), 10_000)
+    assert found.offered().item() == 96
+    users, items = torch.randn(positions, 4), torch.randn(len(found.ids), 4)
+    _, negatives = info_nce_loss(users, items, found, torch.ones(positions).long(), HEAD)
+    assert found.ids[found.negative].min() > 1  # else the target itself was drawn
+    assert negatives.item() == 96
+
+
+def test_excluded_candidates_are_no_negatives_of_that_position(vectors: tuple[Tensor, Tensor]) -> None:
+    users, items, targets = vectors[0][:2], vectors[1][:4], torch.tensor([1, 2])
+    excluded = torch.tensor(
+        [[True, False, True, False], [False, False, False, False]]
+    )  # the first one's own target too
+    loss, negatives = info_nce_loss(users, items, candidates([1, 2, 3, 4], [1, 2, 3, 4]), targets, HEAD, excluded)
+    table = dict(enumerate(items, start=1))
+    expected = (reference_nce(users[:1], table, {2, 4}, [1]) + reference_nce(users[1:], table, {1, 3, 4}, [2])) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert negatives.item() == 2.5
+
+
+@pytest.mark.parametrize("threshold", [None, 0.99])
+@pytest.mark.parametrize("distinct", [True, False])
+def test_no_position_gives_a_loss_of_zero_with_gradient(threshold: float | None, distinct: bool) -> None:
+    """Reference 9: a process without a valid position gets NaN from the official code."""
+    loss = nce(in_batch=False, num_negatives=5, distinct=distinct, similarity_threshold=threshold)
+    none, users = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, requires_grad=True)
+    found = loss.candidates(none, num_items=9)
+    items = torch.randn(len(found.ids), 4, requires_grad=True)
+    value, negatives = loss(users, items, found, none, HEAD)
+    value.backward()
+    assert (value.item(), negatives.item()) == (0, 0)
+    assert items.grad is not None
+    assert not items.grad.any()
+
+
+def test_no_position_gives_a_softmax_loss_of_zero() -> None:
+    assert softmax_loss(torch.empty(0, 4), torch.randn(5, 4), torch.empty(0, dtype=torch.int64), HEAD, 8).item() == 0
+
+
+@pytest.mark.parametrize("dtype", ScoreDtype)
+def test_zero_item_vectors_give_a_finite_loss_and_gradient(dtype: ScoreDtype) -> None:
+    """Reference 9: a zero vector gives NaN in the official code."""
+    torch.manual_seed(0)
+    users, items = torch.randn(3, 4), torch.randn(5, 4)
+    users[0], items[1], items[3] = 0, 0, 0
+    users.requires_grad_()
+    items.requires_grad_()
+    head = SimilarityHead(HeadConfig(learned=True, score_dtype=dtype))
+    offered = candidates([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    loss, negatives = info_nce_loss(users, items, offered, torch.tensor([1, 2, 5]), head, similarity_threshold=0.99)
+    loss.backward()
+    assert loss.isfinite()
+    assert negatives.item() == 4
+    for gradient in (users.grad, items.grad, head.log_scale.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+def test_the_loss_is_of_the_score_dtype(vectors: tuple[Tensor, Tensor]) -> None:
+    """Reference 8, Optimisation: float32 loss or bfloat16 loss, by a switch."""
+    offered, targets, found = candidates(list(range(1, 8)), list(range(1, 8))), torch.arange(11) % 7 + 1, {}
+    for dtype in ScoreDtype:
+        head = SimilarityHead(HeadConfig(learned=True, score_dtype=dtype))
+        found[dtype], _ = info_nce_loss(*vectors, offered, targets, head, similarity_threshold=0.99)
+        assert found[dtype].dtype == getattr(torch, dtype.value)
+    exact, rounded = found[ScoreDtype.float32].item(), found[ScoreDtype.bfloat16].item()
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
 
 
 def test_nce_candidates_are_unique_and_hold_every_target() -> None:
@@ -139,7 +325,11 @@ def test_losses_are_computed_in_float32(vectors: tuple[Tensor, Tensor], dtype: t
     targets = torch.arange(11) % 7
     assert softmax_loss(users, items, targets, HEAD, 4).dtype == torch.float32
     everything = candidates(list(range(1, 8)), list(range(1, 8)))
-    assert info_nce_loss(users, items, everything, targets + 1, HEAD).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, negatives = info_nce_loss(users, items, everything, targets + 1, HEAD, similarity_threshold=0.99)
+    assert loss.dtype == negatives.dtype == torch.float32
+    exact, _ = info_nce_loss(users.float(), items.float(), everything, targets + 1, HEAD, similarity_threshold=0.99)
+    assert loss.item() == exact.item()
 
 
 def test_losses_of_zero_vectors_are_finite() -> None:
