@@ -95,7 +95,7 @@ def _text(values: pl.Series | Sequence[str]) -> pl.Series:
     return values if isinstance(values, pl.Series) else pl.Series(list(values), dtype=pl.String)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: under bf16-true and DeepSpeed Lightning assigns to the fields of a copy
 class Batch:
     """Histories as rows of one length: real events first, padding (id 0) behind them.
 
