@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import nn
 
+from hllm.collapse import CollapseGuard, FiniteLoss
 from hllm.config import (
     CachedItemsConfig,
     Config,
@@ -156,10 +157,10 @@ def _build_items(config: Config, datamodule: DataModule, dim: int, loaded: tuple
 
 
 def item_callbacks(config: Config) -> list[Callback]:
-    """What an item tower needs done before weights are restored or optimizers exist."""
+    """What an item tower needs done: vectors cached before weights are restored or optimizers exist; a guard."""
     if isinstance(config.items, CachedItemsConfig):
         return [ItemEmbeddingCache(config.dataset.text, config.llm, cache_dir(config))]
-    return []
+    return [CollapseGuard(config)] if isinstance(config.items, LLMItemsConfig) else []
 
 
 def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:
@@ -230,7 +231,7 @@ def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callback
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the datamodule brings samplers that count each user once
             logger=loggers,
-            callbacks=[*item_callbacks(config), stopping, *callbacks],
+            callbacks=[*item_callbacks(config), FiniteLoss(config), stopping, *callbacks],
         )
     except MisconfigurationException as error:
         raise ConfigError(f"trainer.accelerator={c.accelerator} trainer.devices={c.devices}: {error}") from error

@@ -32,5 +32,9 @@ class DivergedError(HllmError, FloatingPointError):
     """Training ran into values that are not numbers."""
 
 
+class CollapsedError(HllmError):
+    """Item vectors became alike, or no negatives are left: the loss has nothing more to teach."""
+
+
 class CheckpointError(HllmError):
     """A checkpoint is missing, torn, or belongs to another configuration."""
