@@ -1,0 +1,485 @@
+"""A training step of the joint model, Item LLM and User LLM: ours beside the official way of doing it.
+
+    OMP_NUM_THREADS=1 python scripts/bench/joint.py --clock cpu --output joint.json       # a tiny model on a CPU
+    python scripts/bench/joint.py --preset tinyllama_1.1b --rounds 10 --output joint.json    # a GPU of 80 GB
+
+Both ways train the same random weights on the same made-up batches, in turns within one run, with the same attention
+kernels, optimizer and precision; so what differs is the work that ``official.py`` names. Before anything is timed, the
+two losses and their gradients are compared in float32. What devices tell one another is not in it: one device does its
+share of the official run.
+
+Columns: seconds of a step (forward, backward, optimizer), the median over the rounds; ``ratio``, the official
+step's seconds over this way's; ``items`` that were encoded; ``useful items/s``, each item that the loss needs once;
+``tokens/s`` through the Item LLM, padding included; ``mfu``, FLOPs that the mathematics needs over the device's peak
+(each item once, no padding, no vocabulary, of the last layer what is read, nothing computed twice); ``hfu``, the same
+of all FLOPs that were computed; ``memory``, the step's peak, and what of it came on top of weights and optimizer.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from official import SIMILARITY_THRESHOLD, OfficialWay, encoded_lengths, packing
+from synthetic import SHAPES, Shape, Step, make_step, make_tokens
+
+from hllm.config import (
+    EvaluationConfig,
+    HeadConfig,
+    LLMConfig,
+    LLMItemsConfig,
+    LLMUserConfig,
+    NCELossConfig,
+    OptimizerConfig,
+    Packing,
+    Pooling,
+    Similarity,
+    TuningConfig,
+)
+from hllm.head import SimilarityHead
+from hllm.items.llm import LLMItems
+from hllm.losses import NCELoss
+from hllm.module import Recommender
+from hllm.report import text_table
+from hllm.tracking import environment
+from hllm.users.llm import UserLLM
+
+MODELS: dict[str, dict[str, Any]] = {
+    # a head of 7 % of the body, as TinyLlama's: a real vocabulary would be most of so small a model
+    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 448},
+    "smollm2_135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49_152},
+    "tinyllama_1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000},
+}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+BF16_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"Dense bfloat16 FLOP/s that the makers state, by a part of the GPU's name; the first that fits."
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed; packing None takes what items.packing=auto takes."""
+
+    official: bool = False
+    packing: Packing | None = None
+    grad_cache: bool = False
+    checkpointing: bool = False
+
+
+WAYS = {
+    "official": Way(official=True),
+    "official, checkpointing": Way(official=True, checkpointing=True),
+    "ours": Way(),
+    "ours, packed": Way(packing=Packing.packed),
+    "ours, padded": Way(packing=Packing.padded),
+    "ours, grad_cache": Way(grad_cache=True),
+    "ours, checkpointing": Way(checkpointing=True),
+}
+
+
+class Quiet(Recommender):
+    """Without a trainer, to which the values would be logged."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Bench:
+    """One model on one data set: its weights and optimizer serve all ways.
+
+    Raises:
+        AssertionError: the two ways' losses differ.
+    """
+
+    def __init__(self, model: dict[str, Any], shape: Shape, device: torch.device, precision: str, seed: int) -> None:
+        self.shape, self.device, self.precision = shape, device, precision
+        self.random = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.module = build(model, shape, self.random).to(device)
+        self.last = self.items._last
+        self.official = OfficialWay(self.module, model["vocab_size"]).to(device)
+        self.check = self.compare()
+        if precision == "bf16-true":
+            self.official.bfloat16()
+        self.optimizer = torch.optim.AdamW(self.module._parameter_groups(), lr=1e-5, fused=True)
+
+    @property
+    def layers(self) -> list[Any]:
+        return [layer for tower in (self.items, self.module.users) for layer in tower.model.layers]
+
+    @property
+    def items(self) -> LLMItems:
+        items = self.module.items
+        assert isinstance(items, LLMItems)
+        return items
+
+    def compare(self) -> dict[str, float]:
+        """Loss and gradient of [ITEM], both ways, in float32 on a small batch."""
+        step = make_step(self.shape, self.random, batch_size=2).to(self.device)
+        assert isinstance(self.module.loss, NCELoss)
+        usual = self.module.loss.config
+        self.module.loss.config = replace(usual, similarity_threshold=SIMILARITY_THRESHOLD)
+        losses, gradients = [], []
+        for official in (True, False):
+            torch.manual_seed(0)  # both draw the same negatives
+            loss = self.loss(Way(official=official), step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.item())
+            assert self.items.item_token.grad is not None
+            gradients.append(self.items.item_token.grad.clone())
+            self.official.zero_grad()
+        assert self.module.last_step is not None
+        kept = (self.module.last_step.negatives / self.module.last_step.offered).item()
+        self.module.loss.config = usual
+        gap = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+        found = {"official": losses[0], "ours": losses[1], "gradient_gap": gap, "negatives_kept": kept}
+        assert abs(losses[0] - losses[1]) <= 1e-4 * max(1, abs(losses[0])), f"the losses differ: {found}"
+        assert gap < 1e-3, f"the gradients differ: {found}"
+        assert kept > 0.5, f"most negatives are masked, which compares nothing: {found}"
+        return found
+
+    def loss(self, way: Way, step: Step) -> Tensor:
+        if way.official:
+            official: Tensor = self.official(step, self.shape.negatives)
+            return official
+        return self.module.training_step(step.batch, 0)
+
+    def set_up(self, way: Way) -> None:
+        self.items.config = replace(self.items.config, packing=way.packing or Packing.auto, grad_cache=way.grad_cache)
+        self.items._last = None if way.checkpointing else self.last  # as the tower itself has it
+        for layer in self.layers:
+            layer.gradient_checkpointing = way.checkpointing
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+    def run(self, way: Way, step: Step, seed: int) -> None:
+        """One training step; ours with its default of clipped gradients, which the official code has not."""
+        torch.manual_seed(seed)
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss = self.loss(way, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not way.official:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+
+    def measure(self, names: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, Any]]:
+        """Way -> what was found, the ways in turns; the first round is to warm up, and its memory is measured."""
+        with self.autocast():
+            usual = packing(self.items, self.device)
+        names = [name for name in names if WAYS[name].packing is not usual]  # which is plain ours
+        found: dict[str, dict[str, Any]] = {name: {"packing": usual.value, "seconds": []} for name in names}
+        counts: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for number in range(rounds + 1):
+            step = make_step(self.shape, self.random).to(self.device)
+            for name in names:
+                if "failed" in found[name]:
+                    continue
+                try:
+                    self.set_up(WAYS[name])
+                    with peak_memory(self.device) as memory:
+                        started = clock()
+                        self.run(WAYS[name], step, seed=number)
+                        synchronize(self.device)
+                        elapsed = clock() - started
+                except torch.OutOfMemoryError:
+                    found[name]["failed"] = "out of memory"
+                    self.optimizer.zero_grad()
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    continue
+                if number == 0:
+                    found[name] |= memory
+                else:
+                    found[name]["seconds"].append(elapsed)
+                    counts[name].append(self.count(WAYS[name], step, number))
+        for name in names:
+            if "failed" not in found[name]:
+                found[name] |= {key: statistics.mean(count[key] for count in counts[name]) for key in counts[name][0]}
+        return found
+
+    def count(self, way: Way, step: Step, seed: int) -> dict[str, float]:
+        """Items, tokens and FLOPs of a step that was run with this seed."""
+        torch.manual_seed(seed)
+        num_items = self.items.num_items
+        negatives = torch.randint(1, num_items + 1, (self.shape.negatives,), device=self.device)
+        batch, width = step.batch, self.module.users.dim
+        needed = torch.cat([batch.items[batch.mask], batch.targets[batch.targets > 0], negatives]).unique()
+        distinct, histories = needed.cpu().numpy() - 1, batch.mask.sum(1).tolist()
+        num_targets = int((batch.targets > 0).sum())
+        useful = 3 * (
+            forward_flops(self.items.model, encoded_lengths(self.items, distinct, True, self.device), read_last=True)
+            + forward_flops(self.module.users.model, [(1, length) for length in histories])
+            + 2 * num_targets * (self.shape.negatives + 1) * width
+        )
+        self.set_up(way)
+        with self.autocast():
+            packed = packing(self.items, self.device) is Packing.packed
+        if way.official:
+            calls = [step.filled.flatten().cpu().numpy() - 1, negatives.cpu().numpy() - 1]
+            users = [(len(batch), self.shape.positions)]
+        else:
+            calls, users = [distinct], [(len(batch), batch.mask.shape[1])]
+        encoded = [group for rows in calls for group in encoded_lengths(self.items, rows, packed, self.device)]
+        tokens = sum(items * length for items, length in encoded)
+        items_forward = forward_flops(self.items.model, encoded, not way.official and self.items._last is not None)
+        users_forward = forward_flops(self.module.users.model, users)
+        again = way.checkpointing
+        flops = items_forward * (3 + (again or way.grad_cache)) + users_forward * (3 + again)
+        flops += 6 * num_targets * (self.shape.negatives + 1) * width
+        if way.official:
+            real = sum(int((self.items.tokens.lengths[rows] + 1).sum()) for rows in calls)
+            flops += 2 * (real + step.filled[:, 1:].numel()) * self.official.item_head.weight.numel()
+            flops += 2 * num_targets * self.shape.negatives * width  # the mask by similarity
+        return {
+            "items": sum(len(rows) for rows in calls),
+            "useful_items": len(distinct),
+            "tokens": tokens,
+            "flops": flops,
+            "useful_flops": useful,
+        }
+
+
+def build(model: dict[str, Any], shape: Shape, random: np.random.Generator) -> Recommender:
+    """The joint model of the official settings, through the project's own classes, with random weights."""
+    bodies = [llama(model, max(shape.text.most + 1, shape.positions)) for _ in range(2)]
+    llm = LLMConfig(name="random", model="random", pooling=Pooling.item, max_tokens=shape.text.most)
+    users = UserLLM(bodies[1], LLMUserConfig(name="llm", tuning=TuningConfig()), shape.positions)
+    tokens = make_tokens(shape, model["vocab_size"], random)
+    head = HeadConfig(similarity=Similarity.cosine, temperature=0.07, learned=True)
+    loss = NCELossConfig(name="nce_official", in_batch=False, num_negatives=shape.negatives, distinct=False)
+    return Quiet(
+        items=LLMItems(bodies[0], tokens, llm, LLMItemsConfig(name="llm"), users.dim),
+        users=users,
+        head=SimilarityHead(head),
+        loss=NCELoss(loss),
+        optimizer=OptimizerConfig(),
+        evaluation=EvaluationConfig(),
+        train_counts=torch.zeros(shape.items + 1),
+        data_identity={},
+        hyperparameters={},
+    ).train()
+
+
+def llama(model: dict[str, Any], max_positions: int) -> Any:
+    """A random Llama; its weights are large enough for item vectors to differ, or all negatives would be masked."""
+    config = transformers.LlamaConfig(
+        **model, max_position_embeddings=max_positions, initializer_range=model["hidden_size"] ** -0.5, use_cache=False
+    )
+    return transformers.LlamaModel(config)
+
+
+def forward_flops(model: Any, groups: list[tuple[int, int]], read_last: bool = False) -> int:
+    """Of a causal body over (items, tokens of each): products with weights, and attention's half square.
+
+    Args:
+        read_last: one token of each item is read, and the last layer's feed-forward is computed for it alone.
+    """
+    weights = matrix_weights(model.layers)
+    config, unread = model.config, matrix_weights(model.layers[-1].mlp) if read_last else 0
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return sum(
+        items * (2 * weights * tokens + attention * tokens**2 - 2 * unread * (tokens - 1)) for items, tokens in groups
+    )
+
+
+def matrix_weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+
+
+def device_peak(device: torch.device, precision: str, clock: Callable[[], float]) -> tuple[float, str]:
+    """FLOP/s, and where the number is from: the maker's, or a large product timed here."""
+    bfloat16 = precision != "32-true"
+    if device.type == "cuda" and bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in BF16_PEAKS.items():
+            if part in name:
+                return peak, f"the maker's for {part}, dense bfloat16"
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    times = []
+    for _ in range(5):
+        started = clock()
+        a @ a
+        synchronize(device)
+        times.append(clock() - started)
+    return 2 * size**3 / min(times), f"best of 5 products of {size} x {size} in this run, {a.dtype}".replace(
+        "torch.", ""
+    )
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Bytes at most, and how many of them came within the block; of a CPU's process where the kernel tells."""
+    found: dict[str, int] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    else:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed would hide this one's
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        before = resident("VmRSS")
+        yield found
+        found["peak_bytes"] = resident("VmHWM")
+    found["step_bytes"] = found["peak_bytes"] - before
+
+
+def resident(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(found: dict[str, dict[str, Any]], peak: float) -> list[dict[str, Any]]:
+    """A row a way, with what follows from seconds and counts."""
+    rows = []
+    official = found.get("official", {}).get("seconds")
+    for name, row in found.items():
+        if "failed" in row:
+            rows.append({"way": name} | row)
+            continue
+        median = statistics.median(row["seconds"])
+        rows.append(
+            {"way": name}
+            | row
+            | {
+                "median_seconds": median,
+                "ratio": statistics.median(official) / median if official else None,
+                "useful_items_per_second": row["useful_items"] / median,
+                "tokens_per_second": row["tokens"] / median,
+                "mfu": row["useful_flops"] / median / peak,
+                "hfu": row["flops"] / median / peak,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    header = ["way", "s/step", "ratio", "items", "useful items/s", "tokens/s", "mfu", "hfu", "memory GB", "of the step"]
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["way"], row["failed"], *[""] * (len(header) - 2)])
+            continue
+        lines.append(
+            [
+                row["way"],
+                f"{row['median_seconds']:.3f}",
+                "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+                f"{row['items']:.0f}",
+                f"{row['useful_items_per_second']:.1f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['mfu']:.1%}",
+                f"{row['hfu']:.1%}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+                f"{row['step_bytes'] / 1e9:.2f}",
+            ]
+        )
+    return text_table(header, lines)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=MODELS, help="shape of both models (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=list(SHAPES), choices=SHAPES, help="lengths of (default: all)")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="(default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: %(default)s)")
+    parser.add_argument("--share", type=float, help="of a device's rows and negatives (default: 1; tiny takes 0.25)")
+    parser.add_argument("--layers", type=int, help="of both models (default: the preset's)")
+    parser.add_argument("--items", type=int, help="in the catalogue (default: the data set's)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16-mixed on a GPU, 32-true elsewhere)")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: seconds of this process's threads, for a CPU that others use too, with OMP_NUM_THREADS=1",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(arguments)
+    device = torch.device(args.device)
+    precision = args.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+    model = MODELS[args.preset] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
+    clock = CLOCKS[args.clock]
+    peak, source = device_peak(device, precision, clock)
+    print(f"{args.preset}, {precision} on {device}, peak {peak / 1e12:.3g} TFLOP/s: {source}")
+    result: dict[str, Any] = {
+        "command": " ".join(["scripts/bench/joint.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "environment": environment() | {"cpu": cpu_name()},
+        "preset": args.preset,
+        "model": model,
+        "precision": precision,
+        "clock": args.clock,
+        "peak_flops": peak,
+        "peak_source": source,
+        "data": {},
+    }
+    for name in args.data:
+        shape = SHAPES[name]
+        share = (0.25 if args.preset == "tiny" else 1) if args.share is None else args.share
+        shape = replace(
+            shape,
+            batch_size=max(round(share * shape.batch_size), 1),
+            negatives=max(round(share * shape.negatives), 1),
+            items=args.items or shape.items,
+        )
+        bench = Bench(model, shape, device, precision, args.seed)
+        rows = summary(bench.measure(args.ways, args.rounds, clock), peak)
+        result["data"][name] = {"shape": asdict(shape), "check": bench.check, "rows": rows}
+        check = bench.check
+        print(f"\n{name}: loss {check['official']:.5f} official, {check['ours']:.5f} ours (float32, 2 rows)\n")
+        print(table(rows), flush=True)
+        del bench
+        gc.collect()
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+if __name__ == "__main__":
+    main()
