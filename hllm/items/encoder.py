@@ -252,18 +252,22 @@ def model_inputs(model: Any, ids: Tensor, mask: Tensor, llm: LLMConfig, item_tok
     Args:
         item_token: (E,) the learned [ITEM] token; it takes the last real place of each row, whatever id stands there.
     """
-    inputs: dict[str, Any] = {}
+    if item_token is None and llm.positions is Positions.start:
+        return {"input_ids": ids}
+    return embedded_inputs(model.get_input_embeddings()(ids), mask, llm, item_token)
+
+
+def embedded_inputs(embeds: Tensor, mask: Tensor, llm: LLMConfig, item_token: Tensor | None) -> dict[str, Any]:
+    """``model_inputs`` from (B, T, E) token embeddings."""
     lengths = mask.sum(dim=1)  # (B,)
-    if item_token is None:
-        inputs["input_ids"] = ids
-    else:
-        embeds = model.get_input_embeddings()(ids)  # (B, T, E)
-        places = torch.arange(len(ids), device=ids.device), lengths - 1
-        inputs["inputs_embeds"] = embeds.index_put(places, item_token.to(embeds.dtype))
+    if item_token is not None:
+        places = torch.arange(len(embeds), device=embeds.device), lengths - 1
+        embeds = embeds.index_put(places, item_token.to(embeds.dtype))
+    inputs: dict[str, Any] = {"inputs_embeds": embeds}
     if llm.positions is Positions.end:
         texts = lengths if item_token is None else lengths - 1
         # of padding they only have to be within the model's table
-        positions = torch.arange(ids.shape[1], device=ids.device) + (llm.max_tokens - texts)[:, None]
+        positions = torch.arange(embeds.shape[1], device=embeds.device) + (llm.max_tokens - texts)[:, None]
         inputs["position_ids"] = positions.clamp(max=llm.max_tokens - (item_token is None))
     return inputs
 

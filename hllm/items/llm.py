@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from hllm.data.schema import Array64
 from hllm.distributed import gather_vectors, rank, world_size
 from hllm.errors import ConfigError
 from hllm.items.backbone import HoldsLLM
-from hllm.items.encoder import PREFIX_FAMILIES, Tokens, model_inputs, pool
+from hllm.items.encoder import PREFIX_FAMILIES, Tokens, embedded_inputs, pool
 from hllm.items.last import LastFeedForward
 from hllm.items.tokens import tokens_digest
 from hllm.items.tower import ItemTower
@@ -30,6 +31,9 @@ from hllm.tuning import is_trained, tune
 
 BUDGET = {"cpu": 2048, "cuda": 65536}
 "Tokens a pack: a CPU is fastest while activations stay in its cache, a GPU wants large products."
+
+MANY_ITEMS = 2**15
+"So many items are taken to use the whole vocabulary."
 
 
 class LLMItems(HoldsLLM, ItemTower):
@@ -91,7 +95,8 @@ class LLMItems(HoldsLLM, ItemTower):
         parts = work.parts(rank())
         if show_progress:  # on a terminal only
             parts = tqdm(parts, desc="items", unit="packs", leave=False, disable=None)
-        vectors = torch.cat([self._encode(rows[part], ids.device) for part in parts])
+        words = self._words(rows[np.unique(np.concatenate(work.parts(rank())))], ids.device)
+        vectors = torch.cat([self._encode(rows[part], words) for part in parts])
         gathered = gather_vectors(vectors).flatten(0, 1)  # (W * m, E)
         wanted = gathered[torch.from_numpy(work.places).to(ids.device)]
         return self.projector(wanted) if hasattr(self, "projector") else wanted
@@ -114,16 +119,24 @@ class LLMItems(HoldsLLM, ItemTower):
     def _budget(self, device: torch.device) -> int:
         return self.llm.token_budget or max(BUDGET[device.type], self.llm.max_tokens + self._extra)
 
-    def _encode(self, rows: Array64, device: torch.device) -> Tensor:
+    def _words(self, rows: Array64, device: torch.device) -> "Words":
+        embeddings = self.model.get_input_embeddings()
+        if len(rows) < MANY_ITEMS:
+            words = self.tokens.packed(rows, self._extra)[0].unique()
+        else:
+            words = torch.arange(embeddings.num_embeddings)
+        return Words(words, embeddings(words.to(device)))
+
+    def _encode(self, rows: Array64, words: "Words") -> Tensor:
         """(b,) rows -> (b, E), in one call of the model; under grad_cache its activations are not kept."""
-        encode: Callable[[Array64, torch.device], Tensor] = self._padded
-        if self._packs(device):
+        encode: Callable[[Array64, Words], Tensor] = self._padded
+        if self._packs(words.vectors.device):
             encode = self._packed
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
             if self.config.grad_cache and torch.is_grad_enabled():
-                again: Tensor = checkpoint(encode, rows, device, use_reentrant=False)
+                again: Tensor = checkpoint(encode, rows, words, use_reentrant=False)
                 return again
-            return encode(rows, device)
+            return encode(rows, words)
 
     def _packs(self, device: torch.device) -> bool:
         if self.config.packing is not Packing.auto:
@@ -131,21 +144,24 @@ class LLMItems(HoldsLLM, ItemTower):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
         return can_pack(self.model, device, dtype)
 
-    def _padded(self, rows: Array64, device: torch.device) -> Tensor:
-        ids, mask = (part.to(device) for part in self.tokens.padded(rows, self._extra))  # (b, T)
-        inputs = model_inputs(self.model, ids, mask, self.llm, self._item_token)
+    def _padded(self, rows: Array64, words: "Words") -> Tensor:
+        device = words.vectors.device
+        ids, mask = self.tokens.padded(rows, self._extra)  # (b, T)
+        mask = mask.to(device)
+        inputs = embedded_inputs(words.embed(ids), mask, self.llm, self._item_token)
         with self._read_at(torch.arange(len(rows), device=device), mask.sum(1) - 1):
             hidden = self.model(**inputs, attention_mask=None if self._causal else mask).last_hidden_state  # (b, T, E)
         return pool(hidden, mask, self.llm.pooling)
 
-    def _packed(self, rows: Array64, device: torch.device) -> Tensor:
+    def _packed(self, rows: Array64, words: "Words") -> Tensor:
+        device = words.vectors.device
         ids, lengths = self.tokens.packed(rows, self._extra)  # (T,), (b,)
         ends = lengths.cumsum(0)
         starts = ends - lengths
         positions = torch.arange(len(ids)) - starts.repeat_interleave(lengths)
         if self.llm.positions is Positions.end:
             positions += (self.llm.max_tokens + self._extra - lengths).repeat_interleave(lengths)
-        embeds = self.model.get_input_embeddings()(ids.to(device))  # (T, E)
+        embeds = words.embed(ids)  # (T, E)
         if self._item_token is not None:
             embeds = embeds.index_put(((ends - 1).to(device),), self._item_token.to(embeds.dtype))
         last = (ends - 1).to(device)
@@ -165,6 +181,25 @@ class LLMItems(HoldsLLM, ItemTower):
     @property
     def _item_token(self) -> Tensor | None:
         return self.item_token if self.llm.pooling is Pooling.item else None
+
+
+@dataclass(frozen=True)
+class Words:
+    """The embeddings of the tokens that occur in a step, looked up once.
+
+    Each lookup in the whole vocabulary has a gradient as large as the vocabulary; a lookup in these has a small one.
+
+    Args:
+        ids: (v,) ascending, on the CPU.
+        vectors: (v, E).
+    """
+
+    ids: Tensor
+    vectors: Tensor
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(...,) ids on the CPU, each among those that occur -> (..., E)."""
+        return F.embedding(torch.searchsorted(self.ids, ids).to(self.vectors.device), self.vectors)
 
 
 @dataclass(frozen=True)
