@@ -123,6 +123,14 @@ def test_collapsed_vectors_under_a_similarity_threshold_leave_no_negative_no_los
     assert offered.offered().item() == 3
 
 
+@pytest.mark.parametrize(("cosine", "left"), [(0.9899, 1), (0.9901, 0)])
+def test_the_similarity_threshold_is_a_cosine(cosine: float, left: int) -> None:
+    items = torch.tensor([[2.0, 0.0], [3 * cosine, 3 * math.sqrt(1 - cosine**2)]])
+    offered, users = candidates([1, 2], [1, 2]), torch.ones(1, 2)
+    _, negatives = info_nce_loss(users, items, offered, torch.tensor([1]), HEAD, similarity_threshold=0.99)
+    assert negatives.item() == left
+
+
 OFFICIAL_ITEMS = torch.tensor([[1.0, 0.0], [5.0, 0.2], [0.0, 2.0], [-3.0, 4.0]])
 "Ids 1 to 4. Cosines: 1 with 2 0.9992, 1 with 3 0, 1 with 4 -0.6, 2 with 3 0.04, 2 with 4 -0.5676, 3 with 4 0.8."
 

@@ -160,6 +160,7 @@ def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Ten
 
 def mean_cosine(vectors: Tensor) -> float:
     """Mean cosine over all pairs of different rows: near 1, items hardly differ; (I, E) -> a number."""
-    total = F.normalize(vectors.double(), dim=1).sum(0).square().sum()
-    count = len(vectors)
+    # in pieces: a training step's vectors in float64 may be more than a GPU has left
+    summed = torch.stack([F.normalize(part.double(), dim=1).sum(0) for part in vectors.split(4096)]).sum(0)
+    total, count = summed.square().sum(), len(vectors)
     return ((total - count) / max(count * (count - 1), 1)).item()
