@@ -119,8 +119,14 @@ def _in_folders(name: str) -> bool:
 
 
 def _export_item_llm(ckpt: Path, config: Config, state: dict[str, Tensor], folder: Path) -> None:
-    model, tokenizer = _body(ckpt, config.llm, config)
-    _fill(model, state, "items.model.", ckpt)
+    model, tokenizer = _body(config.llm, config)
+    _fill(model, state, "items.model.", ckpt, config.llm)
+    if hasattr(model, "pooler") and model.pooler is None:
+        # a BERT's: no vector goes through it, but programs that load the folder look for it
+        with torch.random.fork_rng(devices=[]):
+            model.pooler = type(model)(model.config).pooler.to(model.dtype)
+        for parameter in model.pooler.parameters():
+            nn.init.zeros_(parameter)
     _save(model, folder)
     for option in ("local_files_only", "trust_remote_code"):  # how it was read here
         tokenizer.init_kwargs.pop(option, None)
@@ -131,7 +137,7 @@ def _export_item_llm(ckpt: Path, config: Config, state: dict[str, Tensor], folde
 
 def _export_user_llm(ckpt: Path, config: Config, state: dict[str, Tensor], folder: Path) -> None:
     assert config.user_llm is not None
-    model, _ = _body(ckpt, config.user_llm, config)
+    model, _ = _body(config.user_llm, config)
     # it reads vectors; a vocabulary of one word that nobody uses makes it a model that every program loads
     table = nn.Embedding(1, model.config.hidden_size, _weight=torch.zeros(1, model.config.hidden_size))
     model.set_input_embeddings(table)
@@ -139,20 +145,23 @@ def _export_user_llm(ckpt: Path, config: Config, state: dict[str, Tensor], folde
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.config, name, None)
     name = next(name for name, module in model.named_modules() if module is table)
-    _fill(model, {**state, f"users.model.{name}.weight": table.weight.detach()}, "users.model.", ckpt)
+    state = {**state, f"users.model.{name}.weight": table.weight.detach()}
+    _fill(model, state, "users.model.", ckpt, config.user_llm)
     _save(model, folder)
 
 
-def _body(ckpt: Path, llm: LLMConfig, config: Config) -> tuple[Any, Any]:
+def _body(llm: LLMConfig, config: Config) -> tuple[Any, Any]:
     """A model of the right shape, its weights to be filled in, and the tokenizer."""
     files = locate(llm, cache_dir(config), weights=False)
     with torch.random.fork_rng(devices=[]):
         return load_trainable(files, replace(llm, pretrained=False))
 
 
-def _fill(model: Any, state: dict[str, Tensor], prefix: str, ckpt: Path) -> None:
+def _fill(model: Any, state: dict[str, Tensor], prefix: str, ckpt: Path, llm: LLMConfig) -> None:
     given = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    check_fit({prefix + name: tensor for name, tensor in model.state_dict().items()}, given, {}, f"ckpt={ckpt}")
+    expected = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    remedy = f"the model at {llm.model or llm.name} is not the one it was trained from: put that back"
+    check_fit(expected, given, {}, f"ckpt={ckpt}", lambda _: remedy)
     model.to(next(iter(given.values())).dtype)  # as it was trained
     model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in given.items()})
 

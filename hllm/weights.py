@@ -5,7 +5,7 @@ are errors. What the official file holds for nothing is dropped by an explicit l
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ UNUSED = ("lm_head.", "pooler.")
 "Parts of the official models that no item vector and no user vector goes through: vocabulary heads, a BERT's pooler."
 COMPUTED = "rotary_emb.inv_freq"
 "The model computes it from its configuration."
+TUNING = {"items.": "items.tuning", "users.": "user.tuning"}
+"Flags of how the weights that begin so are tuned."
 VOCABULARY = "embed_tokens."
 "The User LLM reads vectors, never words."
 
@@ -86,7 +88,8 @@ def read_weights(path: Path) -> Weights:
         raise CheckpointError(f"init={path}: torn, or not a file of weights ({reason})") from error
     if isinstance(content, dict) and {"state_dict", "hyper_parameters", "identity"} <= content.keys():
         return _own_weights(path, content)
-    if isinstance(content, dict) and any(str(name).startswith(tuple(BODIES)) for name in content):
+    plain = isinstance(content, dict) and all(isinstance(part, Tensor) for part in content.values())
+    if plain and any(str(name).startswith(tuple(BODIES)) for name in content):
         return _official_weights(path, content)
     raise CheckpointError(f"init={path}: neither a checkpoint of hllm.train nor the official code's pytorch_model.bin")
 
@@ -144,29 +147,42 @@ def load_weights(module: Recommender, weights: Weights) -> None:
         given |= {name: tensor for name, tensor in own.items() if name.startswith("items.")}
     elif kind != "llm":
         _check_items(module, weights, kind)
+    scales = lora_scales(from_plain(module.hparams["config"]))
     for tower in ("items.", "users."):
-        adapted = any(name.startswith(tower) and ".lora_A." in name for name in own)
-        if not adapted:
-            merge_lora(given, tower, weights.lora_scales.get(tower, 0.0))
-        elif not any(name.startswith(tower) and ".lora_A." in name for name in given):
+        theirs, ours = weights.lora_scales.get(tower), scales.get(tower)
+        if theirs is not None and ours is None:
+            merge_lora(given, tower, theirs)
+        elif theirs is None and ours is not None:
             _beside_fresh_adapters(given, own, tower, weights.names)
-    check_fit(own, given, weights.names, f"init={weights.path}")
+        elif theirs != ours:
+            raise CheckpointError(
+                f"init={weights.path}: {TUNING[tower]}.lora has alpha / rank {theirs} in the file, {ours} "
+                "here: give the alpha and rank that they were trained with"
+            )
+    check_fit(own, given, weights.names, f"init={weights.path}", _remedy)
     module.load_state_dict(given)
     log.info("init=%s: started from its weights", weights.path)
 
 
-def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
+def check_fit(
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    what: str,
+    remedy: Callable[[str], str],
+) -> None:
     """Raises CheckpointError unless both have the same names and shapes.
 
     Args:
         names: what the file calls a weight, where that is not the same.
         what: the flag and file, for the message.
+        remedy: what to do about a weight, by its name.
     """
-    for name in expected.keys() & given.keys():
+    for name in sorted(expected.keys() & given.keys()):
         there, here = tuple(given[name].shape), tuple(expected[name].shape)
         if there != here:
             raise CheckpointError(
-                f"{what}: {names.get(name, name)} is {there} in the file, {here} in the model; {_remedy(name)}"
+                f"{what}: {names.get(name, name)} is {there} in the file, {here} in the model; {remedy(name)}"
             )
     for found, problem in (
         (sorted(given.keys() - expected.keys()), "has no place in the model"),
@@ -174,7 +190,7 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], names
     ):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise CheckpointError(f"{what}: {names.get(found[0], found[0])}{more} {problem}; {_remedy(found[0])}")
+            raise CheckpointError(f"{what}: {names.get(found[0], found[0])}{more} {problem}; {remedy(found[0])}")
 
 
 def _remedy(name: str) -> str:
@@ -185,9 +201,7 @@ def _remedy(name: str) -> str:
     if name.startswith("items.projector."):
         return "it is there where the Item LLM and the user model differ in width: see llm= and user="
     if name.startswith("items.model."):
-        return (
-            "choose the Item LLM that they were trained from, with as many layers: llm= llm.model= llm.num_layers="
-        )
+        return "choose the Item LLM that they were trained from, with as many layers: llm= llm.model= llm.num_layers="
     if name.startswith("users.model."):
         return "choose the User LLM that they were trained from, with as many layers: llm@user.llm= user.num_layers="
     return "choose the items=, user= and head= that they were trained with"

@@ -226,6 +226,13 @@ def cached_run(run_training: Callable[..., Run]) -> Run:
     return run_training("items=cached")
 
 
+@pytest.fixture(scope="session")
+def joint_run(run_training: Callable[..., Run]) -> Run:
+    """Both language models trained together, as the official HLLM."""
+    flags = ["loss=nce_official", "loss.num_negatives=8", "head=cosine_learned", "optimizer=hllm", "optimizer.lr=0.001"]
+    return run_training("items=llm", "user=llm", *flags, "trainer.max_epochs=1")
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., SequenceDataModule]:
     """The data module of a composed config, on the files of ``tmp_path``."""
