@@ -136,15 +136,17 @@ class Recommender(L.LightningModule):
 
     def _begin_evaluation(self, num_batches: list[int | float]) -> None:
         self._catalogue = None
-        self.catalogue()  # at once and in all processes: one without a batch would never ask for it
+        with self.trainer.precision_plugin.forward_context():
+            self.catalogue()  # at once and in all processes: one without a batch would never ask for it
         own = int(sum(num_batches))
         self._idle_batches = most(own, self.device) - own
 
     def _end_evaluation(self) -> None:
         """Wait for processes with more batches: where weights are sharded, a user tower only runs in all at once."""
-        for _ in range(self._idle_batches):
-            x = self.catalogue()[None, :1]  # (1, 1, D)
-            self.users(x, x.new_ones(1, 1, dtype=torch.bool), x.new_zeros(1, 1, dtype=torch.int64))
+        x = self.catalogue()[None, :1]  # (1, 1, D)
+        with self.trainer.precision_plugin.forward_context():
+            for _ in range(self._idle_batches):
+                self.users(x, x.new_ones(1, 1, dtype=torch.bool), x.new_zeros(1, 1, dtype=torch.int64))
         self._catalogue = None  # training needs the memory
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
