@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from conftest import NUM_USERS, Run
 
-from hllm.config import CONF_DIR, Config
+from hllm.config import CONF_DIR, Config, compose
 from hllm.train import train
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml"))
@@ -63,6 +63,12 @@ def test_embed_fills_the_cache_alone(movielens_folder: Path, tiny_llama: Path, t
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_two_steps(name: str, run_config: Callable[..., Config], tmp_path: Path) -> None:
+    """Each with its own towers, loss, head, optimizer and rows, but on one small data set and one device."""
+    own = compose([f"experiment={name}"])
+    towers = [f"items={own.items.name}", f"user={own.user.name}"]
+    data = ["dataset=movielens_100k", "trainer.devices=1", "trainer.num_nodes=1", "loss.num_negatives=20"]
     short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "evaluation.ks=[10]"]
-    config = run_config(f"experiment={name}", *short)
+    metric = ["callbacks.monitor=val/ndcg@10", "optimized_metric=val/ndcg@10"]
+    given = [f"experiment={name}", *towers, *data, *short, *metric]
+    config = run_config(*(flag for flag in given if own.loss.name != "ce" or not flag.startswith("loss.")))
     assert train(config, tmp_path).results["test"]["all"]["users"] == 40
