@@ -29,7 +29,9 @@ def tune(model: Any, config: TuningConfig, flag: str) -> None:
         if "all" in config.freeze or name.startswith(tuple(config.freeze)):
             parameter.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it in 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(**{enable.__name__.replace("_enable", "_kwargs"): {"use_reentrant": False}})
 
 
 def is_trained(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Tiny random language models, a tiny MovieLens and runs on them; the session's one cache of real files."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from hllm.build import build_datamodule
 from hllm.config import Config, Dtype, LLMConfig, TextConfig, compose
@@ -55,7 +69,7 @@ def _tokenizer(template: str, specials: dict[str, str], padding_side: str) -> Pr
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **specials)
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+def _save(model: Any, tokenizer: Any, folder: Path) -> Path:
     # spread the weights: with the usual initialisation all vectors look alike
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -105,6 +119,46 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         tokenizer = _tokenizer("[CLS] $A [SEP]", specials, "right")
         return _save(BertModel(config), tokenizer, tmp_path_factory.mktemp("llm") / "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a random model of a family: bert, or a decoder of 2 layers, 32 wide, 4 heads on 2 of keys.
+
+    The Llama's tokenizer adds a bos token, the others' add nothing; the Mistral looks 8 tokens back.
+    """
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "llama": (LlamaConfig, LlamaModel, {}),
+        "mistral": (MistralConfig, MistralModel, {"sliding_window": 8}),
+        "qwen2": (Qwen2Config, Qwen2Model, {}),
+        "qwen3": (Qwen3Config, Qwen3Model, {"head_dim": 8}),
+    }
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        if family == "bert":
+            return tiny_bert
+        make_config, make_model, options = kinds[family]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = make_config(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                **options,
+            )
+            if family == "qwen2":  # its folders are read by this class whatever they say: a token a letter here
+                letters = [*SPECIALS.values(), *"abcdefghijklmnopqrstuvwxyzC0123456789:Ġ"]
+                tokenizer = Qwen2Tokenizer(vocab={text: number for number, text in enumerate(letters)}, merges=[])
+            else:
+                tokenizer = _tokenizer("<s> $A" if family == "llama" else "$A", SPECIALS, "right")
+            return _save(make_model(config), tokenizer, tmp_path_factory.mktemp("llm") / family)
+
+    return folder
 
 
 @pytest.fixture
