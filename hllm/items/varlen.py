@@ -35,19 +35,19 @@ HALF = {torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class Pack:
-    """Where the items lie in the tokens of one call, longest item first.
+    """Where the items lie in the tokens of one call.
 
     Args:
         borders: (n + 1,) int32 on the device, first token of each item, and T.
-        groups: (items, tokens of each), for each length that occurs.
+        longest: tokens of the longest item.
+        order: (T,) on the device, the tokens with items of equal length side by side; None where they come so.
+        groups: (items, tokens of each) for each length that occurs, in that order.
     """
 
     borders: Tensor
+    longest: int
+    order: Tensor | None
     groups: list[tuple[int, int]]
-
-    @property
-    def longest(self) -> int:
-        return self.groups[0][1]
 
 
 Span = tuple[int, int]
@@ -59,7 +59,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Pack, Span, float | None, float], Ten
 def packed_hidden(model: Any, embeds: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
     """Hidden states of items end to end, each as if the model had read it alone.
 
-    Gradient checkpointing may be on, through ``model.gradient_checkpointing_enable``.
+    Inside the model the tokens lie as they are given. Where no fused kernel runs, the longest item first is cheapest.
+
+    Gradient checkpointing may be on as transformers turns it on. Under another, such as torch's checkpoint_wrapper
+    around the layers, the backward pass raises.
 
     Args:
         model: a transformers body of a family in ``FAMILIES``.
@@ -74,19 +77,19 @@ def packed_hidden(model: Any, embeds: Tensor, lengths: Tensor, positions: Tensor
         LLMError: the model is of another family.
     """
     _check_family(model)
-    order, pack = _lay_out(lengths, embeds.device)
-    assert order.shape == positions.shape == embeds.shape[:1], "lengths, positions and embeds are of other tokens"
+    lengths = lengths.to("cpu", torch.long)
+    assert int(lengths.sum()) == len(positions) == len(embeds), "lengths, positions and embeds are of other tokens"
     with _item_attention(model):
         hidden: Tensor = model(
-            inputs_embeds=embeds.index_select(0, order)[None],  # (1, T, E)
-            position_ids=positions.index_select(0, order)[None],
+            inputs_embeds=embeds[None],
+            position_ids=positions[None],
             # no mask is made where one of four axes is given; this one fits no other attention, so that a layer
             # which missed ours fails where it would leak
             attention_mask=embeds.new_empty(1, 1, 1, 0),
             use_cache=False,
-            pack=pack,
-        ).last_hidden_state[0]  # (T, D)
-    return torch.empty_like(hidden).index_copy(0, order, hidden)
+            pack=_lay_out(lengths, embeds.device),
+        ).last_hidden_state[0]
+    return hidden
 
 
 def can_pack(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
@@ -129,8 +132,10 @@ def exact(
     query: Tensor, key: Tensor, value: Tensor, pack: Pack, span: Span, scale: float | None, dropout: float
 ) -> Tensor:
     """The kernel for any device and dtype: items of one length are a batch."""
+    if pack.order is not None:
+        query, key, value = (states.index_select(0, pack.order) for states in (query, key, value))
     sizes = [items * tokens for items, tokens in pack.groups]
-    mixed = []
+    parts = []
     for group, *states in zip(pack.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
         q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in states)  # (items, H, tokens, d)
         windowed = 0 <= span[0] < group[1] - 1
@@ -144,8 +149,9 @@ def exact(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        mixed.append(out.transpose(1, 2).flatten(0, 1))  # (items * tokens, H, d)
-    return torch.cat(mixed)
+        parts.append(out.transpose(1, 2).flatten(0, 1))  # (items * tokens, H, d)
+    mixed = torch.cat(parts)
+    return mixed if pack.order is None else torch.empty_like(mixed).index_copy(0, pack.order, mixed)
 
 
 def torch_kernel(
@@ -208,19 +214,20 @@ def _window(tokens: int, back: int, device: torch.device) -> Tensor:
     return ones.tril().triu(-back)
 
 
-def _lay_out(lengths: Tensor, device: torch.device) -> tuple[Tensor, Pack]:
-    """The order of tokens that puts the longest item first and equal ones side by side, and where they lie then."""
-    lengths = lengths.to("cpu", torch.long)
+def _lay_out(lengths: Tensor, device: torch.device) -> Pack:
+    """(n,) int64 lengths on the CPU -> where the items lie."""
     lengths = lengths[lengths > 0]
     assert len(lengths), "no item has a token"
-    starts = lengths.cumsum(0) - lengths  # (n,) as the tokens come
-    lengths, items = lengths.sort(descending=True, stable=True)
     ends = lengths.cumsum(0)
-    moved = starts[items] - (ends - lengths)  # (n,) how far each item's tokens move
-    order = torch.arange(int(ends[-1])) + moved.repeat_interleave(lengths)  # (T,)
     borders = F.pad(ends, (1, 0)).to(device, torch.int32, non_blocking=True)
-    tokens, counts = lengths.unique_consecutive(return_counts=True)
-    return order.to(device, non_blocking=True), Pack(borders, list(zip(counts.tolist(), tokens.tolist(), strict=True)))
+    grouped, items = lengths.sort(descending=True, stable=True)
+    order = None
+    if not torch.equal(grouped, lengths):
+        moved = (ends - lengths)[items] - (grouped.cumsum(0) - grouped)  # (n,) how far each item's tokens move
+        order = torch.arange(int(ends[-1])) + moved.repeat_interleave(grouped)  # (T,)
+        order = order.to(device, non_blocking=True)
+    tokens, counts = (part.tolist() for part in grouped.unique_consecutive(return_counts=True))
+    return Pack(borders, tokens[0], order, list(zip(counts, tokens, strict=True)))
 
 
 @contextlib.contextmanager
