@@ -76,8 +76,7 @@ class CollapseGuard(LoggedSteps):
         offered = int(last.offered)
         module.log("train/item_cosine", cosine)
         warmup = self.config.optimizer.warmup_ratio * float(trainer.estimated_stepping_batches)
-        # rounding takes the mean cosine of equal vectors above 1; a limit of 1 is never reached
-        alike, lost = min(cosine, 1) > limits.collapse_cosine, negatives < limits.collapse_negatives * offered
+        alike, lost = cosine > limits.collapse_cosine, negatives < limits.collapse_negatives * offered
         self.in_a_row = self.in_a_row + 1 if (alike or lost) and trainer.global_step > warmup else 0
         if self.in_a_row >= limits.collapse_patience:
             seen = [
