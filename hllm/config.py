@@ -567,7 +567,9 @@ class LoraConfig:
     rank: int | None = None
     "Unset trains the weights themselves."
     alpha: float = 16.0
+    "An update counts alpha / rank times."
     dropout: float = 0.0
+    "On what the updates read."
 
     def __post_init__(self) -> None:
         if self.rank is not None:
