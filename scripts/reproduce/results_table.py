@@ -2,7 +2,7 @@
 
     python scripts/reproduce/results_table.py runs/reproduce/ml100k/ce runs/reproduce/ml100k/nce
 
-Writes docs/results.md and docs/<data set>.png, and the short table between the markers of README.md.
+Writes docs/<data set>.png, and the tables between the markers of docs/results.md, the short one between README.md's.
 """
 
 import argparse
@@ -12,7 +12,6 @@ from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -20,12 +19,8 @@ import yaml
 
 from hllm.report import text_table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr")
-MARKERS = "<!-- results: scripts/reproduce -->", "<!-- end of results -->"
 BASELINE = "sasrec"
 KNOWN = {
     "movielens_100k": """Known points on the same split, candidates and masking, from a run of torch-rechub 0.9.0 on 2
@@ -43,9 +38,10 @@ ABOUT_BASELINE = (
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of one experiment; ``ndcg`` (U,) is each user's NDCG@10, mean over seeds."""
+    """All seeds of one experiment, in order; ``ndcg`` (U,) is each user's NDCG@10, mean over seeds."""
 
     name: str
+    seeds: list[int]
     metrics: list[dict[str, dict[str, dict[str, float]]]]
     ndcg: npt.NDArray[np.float64]
     seconds: float
@@ -68,29 +64,37 @@ def user_ndcg(run: Path) -> npt.NDArray[np.float64]:
     return np.where(ranks < 10, 1 / np.log2(ranks + 2), 0)
 
 
-def read_rows(folders: list[Path]) -> tuple[list[Row], dict[str, str], dict[str, str]]:
+def read_rows(folders: list[Path], same_seeds: bool = True) -> tuple[list[Row], dict[str, str], dict[str, str]]:
     """Rows by experiment, the data's identity, and the environment, with the commits of all runs.
 
     Raises:
         SystemExit: rows of different seeds, or on different data: their means could not be compared.
     """
-    runs: dict[str, list[Path]] = {}
-    seeds: dict[str, set[int]] = {}
+    runs: dict[str, dict[int, Path]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*/metrics.json")):
         config = yaml.safe_load((path.parent / "config.yaml").read_text())
-        runs.setdefault(config["experiment_name"], []).append(path.parent)
-        seeds.setdefault(config["experiment_name"], set()).add(config["seed"])
-    if len({tuple(sorted(found)) for found in seeds.values()}) != 1:
+        found = runs.setdefault(config["experiment_name"], {})
+        if config["seed"] in found:
+            raise SystemExit(
+                f"error: {found[config['seed']]} and {path.parent} are both {config['experiment_name']} "
+                f"seed {config['seed']}: move one of them"
+            )
+        found[config["seed"]] = path.parent
+    if not runs:
+        raise SystemExit(f"error: no finished run in {', '.join(map(str, folders))}")
+    if same_seeds and len({tuple(sorted(found)) for found in runs.values()}) != 1:
+        seeds = {name: sorted(found) for name, found in runs.items()}
         raise SystemExit(f"error: every experiment needs the same seeds, found {seeds}")
     rows, data, commits = [], set(), set()
-    for name, paths in runs.items():
+    for name, found in runs.items():
+        paths = [found[seed] for seed in sorted(found)]
         records = [json.loads((path / "metrics.json").read_text()) for path in paths]
         environments = [json.loads((path / "environment.json").read_text()) for path in paths]
         data |= {record["identity"]["interactions"] for record in records}
         commits |= {str(environment["git"]) for environment in environments}
         ndcg = np.mean([user_ndcg(path) for path in paths], axis=0)
         seconds = mean(record["seconds"]["total"] for record in records)
-        rows.append(Row(name, [record["results"] for record in records], ndcg, seconds))
+        rows.append(Row(name, sorted(found), [record["results"] for record in records], ndcg, seconds))
     if len(data) != 1:
         raise SystemExit(f"error: the runs are on different data: {data}")
     rows.sort(key=lambda row: (row.loss, BASELINE not in row.name, row.name))
@@ -133,6 +137,11 @@ def group_table(rows: list[Row], metric: str) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """NDCG@10 overall, and by how often the target was seen in training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     groups = [group for group in rows[0].metrics[0]["test"] if group != "all"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 1.6))
     names = [row.name.partition("_")[2] for row in rows]
@@ -157,11 +166,18 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_readme(table: str) -> None:
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
-    path.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}")
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of that name.
+
+    Raises:
+        SystemExit: the file has no such markers.
+    """
+    begin, end = f"<!-- {name}: scripts/reproduce -->", f"<!-- end of {name} -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"error: {path.name} needs the markers {begin} and {end}, with what is between to be replaced")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -183,8 +199,6 @@ def main() -> None:
     plot(rows, picture)
     times = ", ".join(f"`{row.name}` {row.seconds:.0f} s" for row in rows)
     parts = [
-        "# Results",
-        "Written by `scripts/reproduce/`; each row is an experiment file of `conf/experiment/`.",
         about,
         main_table(rows, METRICS),
         ABOUT_BASELINE,
@@ -200,8 +214,8 @@ def main() -> None:
         "## Cost",
         f"Seconds of one run on one thread of a machine shared by two, embeddings cached: {times}. {versions}.",
     ]
-    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
-    write_readme(f"{about}\n\n{main_table(rows, METRICS[:3])}")
+    write_between(ROOT / "docs" / "results.md", "results", "\n\n".join(parts))
+    write_between(ROOT / "README.md", "results", f"{about}\n\n{main_table(rows, METRICS[:3])}")
 
 
 if __name__ == "__main__":
