@@ -1,15 +1,21 @@
 """The LightningModule wires towers, head and loss as a step written out plainly does."""
 
+import math
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Run
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hllm.build import build_datamodule, build_module
-from hllm.config import Config, OptimizerConfig, Schedule
+from hllm.config import Config, NCELossConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
+from hllm.losses import NCELoss
 from hllm.module import Recommender, _lookup
 
 
@@ -92,6 +98,164 @@ def test_the_rate_warms_up_and_follows_its_schedule(
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
     assert rates == pytest.approx(expected, abs=1e-5)
+
+
+OFFICIAL = ["items=llm", "user=llm", "loss=nce_official", "head=cosine_learned", "optimizer=hllm_official"]
+
+
+def rates(module: Recommender, steps: int) -> list[float]:
+    """The learning rate of each step."""
+    module._trainer = SimpleNamespace(estimated_stepping_batches=steps, precision="32-true")
+    made, found = module.configure_optimizers(), []
+    for _ in range(steps):
+        found.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    return found
+
+
+def test_the_official_rate_begins_at_0_and_is_the_base_at_the_end_of_the_warm_up(
+    module: Recommender, run_config: Callable[..., Config]
+) -> None:
+    """Reference 8, Optimisation: lr 1e-4; cosine to 0; warm-up 0.1; step 0 lr = 0; lr at end of warm-up = base."""
+    module.optimizer_config = run_config(*OFFICIAL, "optimizer.lr=1e-4").optimizer
+    found = rates(module, 100)
+    assert found[:11] == pytest.approx([1e-5 * step for step in range(11)], abs=1e-12)
+    assert found[55] == pytest.approx(0.5e-4)
+    assert found[99] == pytest.approx(0.5e-4 * (1 + math.cos(math.pi * 89 / 90)))
+    assert found[99] < 1e-7
+
+
+@pytest.fixture(scope="module")
+def joint(run_config: Callable[..., Config]) -> Recommender:
+    """The full HLLM of two tiny Llamas, with every kind of parameter."""
+    config = run_config(*OFFICIAL, "optimizer.lr=1e-4")
+    module = build_module(config, build_datamodule(config))
+    module._trainer = SimpleNamespace(estimated_stepping_batches=100, precision="32-true")
+    return module
+
+
+def groups(module: Recommender) -> dict[str, tuple[float, float]]:
+    """Rate and decay of each trained parameter, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        names[id(parameter)]: (group["initial_lr"], group["weight_decay"])
+        for group in module.configure_optimizers()["optimizer"].param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_the_official_optimizer_decays_all_parameters(joint: Recommender, run_config: Callable[..., Config]) -> None:
+    """Reference 8, Optimisation: AdamW, wd 0.01 on all parameters, betas (0.9, 0.999), eps 1e-8."""
+    joint.optimizer_config = run_config(*OFFICIAL, "optimizer.lr=1e-4").optimizer
+    found = groups(joint)
+    assert set(found) == {name for name, _ in joint.named_parameters()}
+    assert {"items.item_token", "head.log_scale", "items.model.norm.weight"} < set(found)
+    assert set(found.values()) == {(1e-4, 0.01)}
+    optimizer = joint.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
+
+
+def test_by_default_norms_the_item_token_and_the_scale_are_not_decayed(joint: Recommender) -> None:
+    joint.optimizer_config = OptimizerConfig(lr=1e-4)
+    found = groups(joint)
+    rest = {name for name, (_, decay) in found.items() if decay == 0}
+    assert rest == {"items.item_token", "head.log_scale"} | {name for name in found if "norm" in name}
+    assert {decay for name, (_, decay) in found.items() if name not in rest} == {0.01}
+    assert "items.model.embed_tokens.weight" not in rest
+
+
+def test_llm_lr_is_the_rate_of_language_models_own_weights(joint: Recommender) -> None:
+    joint.optimizer_config = OptimizerConfig(lr=1e-3, llm_lr=1e-5)
+    found = groups(joint)
+    assert {name for name, (lr, _) in found.items() if lr == 1e-3} == {"items.item_token", "head.log_scale"}
+    assert {lr for name, (lr, _) in found.items() if ".model." in name} == {1e-5}
+
+
+@pytest.fixture
+def norms() -> Iterator[list[float]]:
+    """Of all gradients, as each optimizer step took them."""
+    found: list[float] = []
+
+    def remember(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        found.append(nn.utils.get_total_norm(gradients).item())
+
+    handle = register_optimizer_step_post_hook(remember)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_training(
+    run_training: Callable[..., Run], norms: list[float], precision: str
+) -> None:
+    """Reference 8, Optimisation, bettered: the official setting is read and never used."""
+    short = ["trainer.max_epochs=1", f"trainer.precision={precision}", "trainer.gradient_clip_val=0.05"]
+    run_training(*OFFICIAL, *short)
+    assert len(norms) == 5
+    assert norms == pytest.approx([0.05] * 5, rel=1e-2)
+
+
+def test_without_a_limit_no_gradient_is_clipped(run_training: Callable[..., Run], norms: list[float]) -> None:
+    run_training(*OFFICIAL, "trainer.max_epochs=1", "trainer.gradient_clip_val=null", "head.temperature=0.01")
+    assert len(norms) == 5
+    assert max(norms) > 1.5
+
+
+def test_mixed_precision_leaves_loss_and_scores_in_float32(
+    joint: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference 8, Optimisation: fp32 loss and scores, while the language models compute in bfloat16."""
+    logged: dict[str, Tensor] = {}
+    given: list[tuple[Tensor, Tensor]] = []
+    forward = joint.head.forward
+    monkeypatch.setattr(joint, "log", lambda name, value, **_: logged.update({name: value}))
+    monkeypatch.setattr(joint.head, "forward", lambda *vectors: given.append(vectors) or forward(*vectors))
+    monkeypatch.setattr(joint, "_catalogue", None)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, scores = joint.training_step(batch, 0), joint.scores(batch)
+        exact = joint.items.all()
+    (_, (users, catalogue)) = given
+    assert not torch.equal(catalogue.float(), exact)
+    torch.testing.assert_close(catalogue.float(), exact, atol=0.1, rtol=0.1)
+    assert torch.equal(scores, forward(users, catalogue))  # as outside of autocast
+    assert loss.dtype == scores.dtype == logged["train/loss"].dtype == torch.float32
+    assert loss.item() != loss.bfloat16().item()
+
+
+def test_a_users_own_items_are_no_negatives_of_theirs_but_of_others(
+    module: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference 8, Loss, bettered: loss.mask_history, row by row."""
+    seen: list[tuple[Any, ...]] = []
+    module.loss = NCELoss(NCELossConfig(name="nce", _target_="", num_negatives=200, mask_history=True))
+    forward = module.loss.forward
+    monkeypatch.setattr(module.loss, "forward", lambda *given: seen.append(given) or forward(*given))
+    module.training_step(batch, 0)
+    ((_, _, candidates, targets, _, excluded),) = seen
+    rows = (batch.targets > 0).nonzero()[:, 0].tolist()
+    assert len(rows) == len(targets) == len(excluded)
+    for row, found in zip(rows, excluded, strict=True):
+        own = set(batch.items[row].tolist() + batch.targets[row].tolist()) - {0}
+        assert set(candidates.ids[found].tolist()) == own
+    assert module.last_step is not None
+    own_sizes = [len(set(batch.items[r].tolist() + batch.targets[r].tolist()) - {0}) for r in rows]
+    expected = len(candidates.ids) - sum(own_sizes) / len(rows)
+    assert module.last_step.negatives.item() == pytest.approx(expected)
+    assert int(module.last_step.offered) == len(candidates.ids)
+
+
+def test_a_step_without_a_supervised_position_is_a_loss_of_0(module: Recommender, batch: Batch) -> None:
+    batch.targets.zero_()
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    assert loss.item() == 0
+    gradient = module.items.table.weight.grad
+    assert gradient is not None
+    assert not gradient.any()
 
 
 def test_lookup_gathers_by_id() -> None:
