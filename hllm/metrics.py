@@ -40,7 +40,8 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor,
     scores = scores.index_put((seen[0], seen[1] - 1), scores.new_tensor(float("-inf")))
     scores = scores.scatter(1, column, float("-inf"))  # the target is no rival of itself
     higher, tied = (scores > target_score).sum(1), (scores == target_score).sum(1)
-    return higher + tied / 2, tied
+    # not the default dtype, which in a step under bf16-true is too coarse for a rank
+    return higher.float() + tied.float() / 2, tied
 
 
 class RankingMetrics(Metric):
@@ -86,7 +87,10 @@ class RankingMetrics(Metric):
         Groups without users are left out.
         """
         table = {
-            "all": {**self._means(self.sums.sum(0), self.users.sum()), "ties": float(self.ties / self.users.sum())}
+            "all": {
+                **self._means(self.sums.sum(0), self.users.sum()),
+                "ties": float(self.ties.float() / self.users.sum()),
+            }
         }
         for label, sums, users in zip(self.labels(), self.sums, self.users, strict=True):
             if users > 0:

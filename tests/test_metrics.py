@@ -183,3 +183,15 @@ def test_two_processes_each_report_the_whole(case: tuple[Tensor, Tensor, Tensor,
     torch.multiprocessing.spawn(_rank_of_two, (file, case), nprocs=2)
     for rank in range(2):
         assert_close(torch.load(f"{file}.{rank}"), filled(case).compute())
+
+
+def test_ranks_are_exact_under_a_coarse_default_dtype() -> None:
+    """As in an evaluation step under bf16-true, whose numbers above 256 are even."""
+    scores = torch.arange(1000.0)[None].clone()
+    scores[0, 0] = 698.0  # ties with the target
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ranks, ties = target_ranks(scores, torch.tensor([699]), torch.empty(2, 0, dtype=torch.int64))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (ranks.tolist(), ties.tolist()) == ([301.5], [1])
