@@ -164,13 +164,12 @@ def item_callbacks(config: Config) -> list[Callback]:
 
 
 def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:
-    """best.ckpt by the monitored metric, and last.ckpt to resume from."""
+    """best.ckpt by the monitored metric."""
     return ModelCheckpoint(
         dirpath=run_dir / "checkpoints",
         filename="best",
         monitor=config.callbacks.monitor,
         mode="max",
-        save_last=True,
         enable_version_counter=False,
     )
 

@@ -34,25 +34,33 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends well: ``path`` is either absent, the old file, or the
+    new one in full, also after a power cut.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` is either absent, the old file, or the new one in full, also after a power cut.
+    """Write a file at once, as ``whole_file`` does.
 
     Raises:
         CacheError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync(path.parent)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with writing(path), whole_file(path) as file:
+        file.write(data)
 
 
 def write_array(file: BinaryIO, array: npt.NDArray[Any]) -> None:

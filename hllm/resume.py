@@ -1,36 +1,118 @@
 """Going on from a last.ckpt in a run folder of its own, as if the run had never stopped."""
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from hllm.config import Config, to_plain
-from hllm.disk import write_whole
+from hllm.disk import whole_file
+from hllm.distributed import rank, world_size
 from hllm.errors import CheckpointError
 from hllm.evaluate import load_checkpoint
 
-FREE = ("cache_dir", "ckpt", "init", "logger.", "trainer.enable_progress_bar", "trainer.accelerator", "dataset.root")
+FREE = (
+    "cache_dir",
+    "callbacks.checkpoint_steps",
+    "ckpt",
+    "init",
+    "logger.",
+    "trainer.enable_progress_bar",
+    "trainer.accelerator",
+    "dataset.root",
+)
 "Flags that may differ: they change neither weights nor schedule."
 
 
 class RandomState(L.Callback):
-    """Keeps torch's random state in checkpoints: a resumed run shuffles, drops and samples as the unbroken one.
-
-    Of several processes the first one's state is kept, and given to all.
+    """Keeps torch's random state in checkpoints, each process's own: a resumed run shuffles, drops and samples as the
+    unbroken one.
     """
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"torch": torch.get_rng_state(), "cuda": cuda}
+        own = {"torch": torch.get_rng_state(), "cuda": cuda}
+        if world_size() == 1:
+            return own
+        ranks: list[Any] = [None] * world_size()
+        dist.all_gather_object(ranks, own)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        torch.set_rng_state(state_dict["torch"].cpu())
-        if len(state_dict["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
+        ranks = state_dict.get("ranks", [state_dict])
+        own = ranks[min(rank(), len(ranks) - 1)]  # earlier versions kept the first process's state for all
+        torch.set_rng_state(own["torch"].cpu())
+        if len(own["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in own["cuda"]])
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes the checkpoint to resume from after every epoch and, if asked, within; goes on from it.
+
+    Lightning's own would be written only in epochs that improve. It must stand behind the checkpoint of the best epoch
+    in the list of callbacks, whose state it keeps.
+
+    Args:
+        path: of last.ckpt.
+        every_steps: optimizer steps.
+    """
+
+    def __init__(self, path: Path, every_steps: int | None) -> None:
+        self.path, self.every_steps = path, every_steps
+        self._steps_before = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning hands a loader its state when it makes it; ours is made before the state is read, because the
+        # schedule asks for the number of steps
+        trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._steps_before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        stepped = trainer.global_step > self._steps_before  # gradients that are still being summed are not kept
+        # the last batch is followed by the validation and the checkpoint of the epoch
+        within = not (trainer.is_last_batch or trainer.should_stop)
+        if self.every_steps and stepped and within and trainer.global_step % self.every_steps == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stopped"] = trainer.should_stop
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # a run that was stopped early is finished
+        trainer.should_stop = checkpoint.get("stopped", False)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint so that a kill leaves the old one or the new one.
+
+    Lightning moves it from the system's temporary folder: a copy, and torn by a kill, where that is another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises CheckpointError where the disk is full or the folder cannot be written."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch finds its file cut short and raises an error of its own instead
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise CheckpointError(
+                f"cannot write {path}: {reason.strerror or reason}. Free space or mend the rights there, or choose "
+                "another folder with hydra.run.dir=; the checkpoint before is kept"
+            ) from error
 
 
 def take_over(ckpt: Path, config: Config, run_dir: Path) -> Path:
@@ -58,14 +140,15 @@ def _write_moved(checkpoint: dict[str, Any], folder: Path, name: str, has_best: 
     best = str(folder / "best.ckpt")
     moved = {"dirpath": str(folder), "best_model_path": best, "kth_best_model_path": best, "last_model_path": ""}
     for callback, state in checkpoint["callbacks"].items():
-        if callback.startswith("ModelCheckpoint") and has_best:
+        if not callback.startswith("ModelCheckpoint"):
+            continue
+        # within the first epoch there is no score yet, whatever best.ckpt was written before the kill
+        if has_best and state["best_model_score"] is not None:
             state |= {**moved, "best_k_models": {best: state["best_model_score"]}}
-        elif callback.startswith("ModelCheckpoint"):
+        else:
             state |= {**moved, "best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
             state |= {"best_model_score": None, "kth_value": None}
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_whole(folder / name, buffer.getvalue())
+    WholeCheckpoints().save_checkpoint(checkpoint, folder / name)
     return folder / name
 
 

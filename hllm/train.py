@@ -19,7 +19,7 @@ from hllm.errors import ConfigError, HllmError
 from hllm.evaluate import Evaluation, evaluate
 from hllm.items.tower import CachedItems
 from hllm.report import full_report
-from hllm.resume import RandomState, take_over
+from hllm.resume import LastCheckpoint, RandomState, WholeCheckpoints, take_over
 from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
 from hllm.weights import InitialWeights, read_weights
 
@@ -43,8 +43,10 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     module = build_module(config, datamodule, read_weights=initial is None or not initial.replace_all(config))
     resumed = None if config.ckpt is None else take_over(Path(config.ckpt), config, run_dir)
     checkpoint = build_checkpoint(config, run_dir)
-    callbacks = [checkpoint, RandomState(), *([] if initial is None else [InitialWeights(initial)])]
+    last = LastCheckpoint(run_dir / "checkpoints" / "last.ckpt", config.callbacks.checkpoint_steps)
+    callbacks = [checkpoint, last, RandomState(), *([] if initial is None else [InitialWeights(initial)])]
     trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), callbacks)
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
     trainer.fit(module, datamodule, ckpt_path=resumed, weights_only=True)
     if not checkpoint.best_model_path:
         raise HllmError(f"training stopped before the first validation; nothing to evaluate in {run_dir}")
@@ -58,7 +60,9 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     if trainer.is_global_zero:
         seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
         report = full_report(evaluation.results, evaluation.identity, f"{config.system} {config.loss.name}")
-        content = {**evaluation.plain(), "epochs": trainer.current_epoch, "seconds": seconds}
+        # not trainer.current_epoch, which is behind by one where an early stopped run was resumed
+        epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # its class is not told
+        content = {**evaluation.plain(), "epochs": epochs, "seconds": seconds}
         write_json(run_dir / "metrics.json", content)
         write_ranks(run_dir / "ranks.parquet", module, datamodule)
         (run_dir / "report.md").write_text(report + "\n")

@@ -2,6 +2,7 @@
 files share; one of them adds only how its files are read."""
 
 import inspect
+import itertools
 import logging
 import os
 import time
@@ -131,11 +132,11 @@ class DataModule(L.LightningDataModule, ABC):
             f"{self.config.name}: set dataset.root= to the folder with its files. {self.config.where}".strip()
         )
 
-    def _loader(self, dataset: Dataset[Batch], sampler: Sampler[int], batch_size: int) -> DataLoader[Batch]:
+    def _loader(self, dataset: Dataset[Batch], sampler: "EpochSampler", batch_size: int) -> DataLoader[Batch]:
         """A loader whose sampler yields whole batches of row numbers, so that a batch is gathered at once."""
-        return DataLoader(
+        return EpochLoader(
             dataset,
-            batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+            batch_sampler=Batches(sampler, batch_size, drop_last=False),
             collate_fn=_whole_batch,
             num_workers=self.config.num_workers,
             # forked workers share the mapped arrays; other ways of starting them would copy all events to each
@@ -143,6 +144,69 @@ class DataModule(L.LightningDataModule, ABC):
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class EpochSampler(Sampler[int]):
+    """Row numbers of one process, whose order may be another one each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch begins; processes that draw apart must draw alike."""
+        self.epoch = epoch
+
+
+class Batches(BatchSampler):
+    """Row numbers by batch, without the first ``skipped`` batches."""
+
+    sampler: EpochSampler
+    skipped = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(super().__iter__(), self.skipped, None)
+
+
+class EpochLoader(DataLoader[Batch]):
+    """Batches of one epoch after another; an epoch can go on where a killed process stopped giving them.
+
+    Its state says how many batches it gave and which random state their order was drawn with. An epoch begins with its
+    first batch, not with ``iter``: Lightning calls that before it says which epoch begins, and under some strategies
+    before it restores the random state.
+    """
+
+    batch_sampler: Batches
+    _given = 0
+    _begun_with: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch promises its own class of iterators
+        if self.num_workers and self._iterator is None and self.batch_sampler.sampler.epoch > 0:
+            # workers live through all epochs and draw a seed in the first: the unbroken run draws none here
+            self.generator = torch.Generator()
+        self._given = self.batch_sampler.skipped
+        if self._given == 0:
+            self._begun_with = torch.get_rng_state()
+            batches = self._begin()
+        else:
+            # the order is drawn again; what training draws goes on
+            assert self._begun_with is not None
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self._begun_with)
+                batches = self._begin()
+            self.batch_sampler.skipped = 0
+        for batch in batches:
+            self._given += 1
+            yield batch
+
+    def _begin(self) -> Iterator[Batch]:
+        """Draws the order, which without workers happens with the first batch."""
+        batches = super().__iter__()
+        return itertools.chain(list(itertools.islice(batches, 1)), batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self._given, "begun_with": self._begun_with}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batch_sampler.skipped, self._begun_with = state_dict["given"], state_dict["begun_with"]
 
 
 class SequenceDataModule(DataModule):
@@ -280,7 +344,7 @@ class SequenceDataModule(DataModule):
         return self._loader(dataset, RowSampler(len(dataset), shuffle, rank, num_ranks), batch_size)
 
 
-class RowSampler(Sampler[int]):
+class RowSampler(EpochSampler):
     """Row numbers of one process: in order, or shuffled anew each epoch.
 
     In training each process gets as many rows as any other, else the one with more would wait for ever: up to
@@ -290,11 +354,6 @@ class RowSampler(Sampler[int]):
 
     def __init__(self, num_rows: int, shuffle: bool, rank: int = 0, num_ranks: int = 1) -> None:
         self.num_rows, self.shuffle, self.rank, self.num_ranks = num_rows, shuffle, rank, num_ranks
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins; processes that draw apart must draw alike."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(range(self.rank, self._end, self.num_ranks))

@@ -16,10 +16,10 @@ import polars as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from hllm.config import DatasetConfig, ShardedConfig
-from hllm.data.base import DataModule
+from hllm.data.base import DataModule, EpochSampler
 from hllm.data.schema import Array32, Array64, Batch, Interactions
 from hllm.data.sequences import SequenceDataset
 from hllm.data.shards import ShardFolder
@@ -99,7 +99,8 @@ class ShardedData(DataModule):
             )
         seed = torch.initial_seed() % 2**32 if training else None
         sampler = ShardSampler(sizes, rank, world, seed, self.num_open)
-        return self._loader(ShardedRows(sizes, lambda number: self._opened(number, part)), sampler, batch_size)
+        dataset = ShardedRows(sizes, lambda number: self._opened(number, part))
+        return self._loader(dataset, sampler, batch_size)
 
     def sizes(self, part: str) -> Array64:
         """(S,) rows that each shard gives: those of one made-up user a history length, times how many have it."""
@@ -130,7 +131,7 @@ class ShardedData(DataModule):
         return self._open[key], int(self.shards.first_users[number])
 
 
-class ShardSampler(Sampler[int]):
+class ShardSampler(EpochSampler):
     """Numbers of the rows that one process reads, shard by shard.
 
     All R rows stand in one line. In training every epoch shuffles the order of the shards, and the rows within
@@ -146,7 +147,6 @@ class ShardSampler(Sampler[int]):
 
     def __init__(self, sizes: Array64, rank: int, world: int, seed: int | None, mixed: int) -> None:
         self.sizes, self.seed, self.mixed = sizes, seed, mixed
-        self.epoch = 0
         total = int(sizes.sum())
         if seed is not None:
             total -= total % world
@@ -154,10 +154,6 @@ class ShardSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.end - self.begin
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this."""
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         firsts = np.cumsum(self.sizes) - self.sizes

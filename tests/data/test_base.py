@@ -1,6 +1,6 @@
 """What every data set shares: prepared once, cut by the protocol, loaded by any number of workers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig
 from hllm.data.base import Counts, RawFiles, RowSampler, SequenceDataModule
@@ -53,7 +52,7 @@ def data(make: Callable[..., Made]) -> Made:
     return module
 
 
-def targets(loader: DataLoader[Batch]) -> list[int]:
+def targets(loader: Iterable[Batch]) -> list[int]:
     return torch.cat([batch.targets[batch.targets > 0] for batch in loader]).tolist()
 
 
@@ -161,6 +160,40 @@ def test_other_counts_than_published_are_refused(make: Callable[..., Made], monk
 def test_a_batch_moves_to_a_device_with_all_its_parts(data: Made) -> None:
     moved = next(iter(data.test_dataloader())).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("given", [1, 3])
+def test_an_epoch_goes_on_in_another_process(data: Made, workers: int, given: int) -> None:
+    data.config.num_workers = workers
+    loader = data.train_dataloader()
+    epoch = iter(loader)
+    for _ in range(given):
+        next(epoch)
+    state = loader.state_dict()
+    rest = targets(epoch)
+    torch.manual_seed(1)
+    drawn = torch.get_rng_state()
+    again = data.train_dataloader()
+    again.load_state_dict(state)
+    assert len(again) == len(loader)
+    assert targets(again) == rest
+    assert torch.equal(torch.get_rng_state(), drawn)  # training draws what it would have drawn
+    assert len(targets(again)) > len(rest)  # the next epoch is whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_begins_with_its_first_batch(data: Made, workers: int) -> None:
+    data.config.num_workers = workers
+    sampler = RowSampler(6, True, 0, 2)  # which is shuffled by the epoch that Lightning tells it
+    dataset = data.train_dataloader().dataset
+    epoch = iter(data._loader(dataset, sampler, 3))
+    sampler.set_epoch(5)
+    assert targets(epoch) == targets([dataset.__getitems__(list(sampler))])
+
+
+def test_a_process_without_rows_has_an_empty_epoch(data: Made) -> None:
+    assert list(data._loader(data.test_dataloader().dataset, RowSampler(1, False, 1, 2), 3)) == []
 
 
 @pytest.mark.parametrize(("num_rows", "num_ranks"), [(10, 1), (10, 3), (9, 3), (2, 3)])
