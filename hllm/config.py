@@ -724,7 +724,7 @@ class NCELossConfig(LossConfig):
     mask_history: bool = False
     "No item of a training row is a negative of that row's positions."
     similarity_threshold: float | None = None
-    "Negatives whose cosine with the target is above this are masked as well; the official code's 0.99 lets a model collapse."
+    "Negatives whose cosine with the target is above this are masked too; the official 0.99 lets a model collapse."
 
     def __post_init__(self) -> None:
         _at_least("loss.num_negatives", self.num_negatives, 0)
@@ -831,7 +831,8 @@ class CallbacksConfig:
         _at_least("callbacks.patience", self.patience, 1)
         if self.checkpoint_steps is not None:
             _at_least("callbacks.checkpoint_steps", self.checkpoint_steps, 1)
-        _require(0 < self.collapse_cosine <= 1, "callbacks.collapse_cosine", self.collapse_cosine, "must be within (0, 1]")
+        cosine = self.collapse_cosine
+        _require(0 < cosine <= 1, "callbacks.collapse_cosine", cosine, "must be within (0, 1]")
         _fraction("callbacks.collapse_negatives", self.collapse_negatives)
         _at_least("callbacks.collapse_patience", self.collapse_patience, 1)
 
