@@ -27,6 +27,7 @@ from hllm.data.sequences import SequenceDataset
 from hllm.data.splits import Rows, Splits, split, train_counts, train_rows
 from hllm.data.store import PreparedStore
 from hllm.disk import file_digest
+from hllm.distributed import world_size
 from hllm.errors import DataError
 from hllm.fetch import fetch_downloads, fetch_wheel
 
@@ -143,6 +144,8 @@ class DataModule(L.LightningDataModule, ABC):
             multiprocessing_context="fork" if self.config.num_workers and hasattr(os, "fork") else None,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # its seed for workers is drawn before a resumed run's random state comes under fsdp, and after under ddp
+            generator=None if world_size() == 1 else torch.Generator(),
         )
 
 
