@@ -466,10 +466,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         check = bench.check
         print(f"\n{name}: loss {check['official']:.5f} official, {check['ours']:.5f} ours (float32, 2 rows)\n")
         print(table(rows), flush=True)
+        if args.output is not None:  # each time: a run that is cut off keeps what it has
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
         del bench
         gc.collect()
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
