@@ -41,6 +41,7 @@ from hllm.items.text import default_template
 from hllm.items.tokens import catalog_tokens
 from hllm.items.tower import CachedItems, IdItems, ItemTower
 from hllm.module import Recommender
+from hllm.throughput import Throughput
 from hllm.users.llm import UserLLM
 
 
@@ -160,7 +161,7 @@ def item_callbacks(config: Config) -> list[Callback]:
     """What an item tower needs done: vectors cached before weights are restored or optimizers exist; a guard."""
     if isinstance(config.items, CachedItemsConfig):
         return [ItemEmbeddingCache(config.dataset.text, config.llm, cache_dir(config))]
-    return [CollapseGuard(config)] if isinstance(config.items, LLMItemsConfig) else []
+    return [CollapseGuard(config), Throughput()] if isinstance(config.items, LLMItemsConfig) else []
 
 
 def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:

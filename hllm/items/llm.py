@@ -63,6 +63,7 @@ class LLMItems(HoldsLLM, ItemTower):
                 f"items.packing=packed: {family} is not of {', '.join(sorted(FAMILIES))}; choose auto or padded"
             )
         self.num_items, width = len(tokens), int(model.config.hidden_size)
+        self._counts = 0, 0
         made_from = f"{tokens_digest(tokens)} {llm.pooling.value} {llm.positions.value} {llm.max_tokens}"
         self.fingerprint = "llm " + hashlib.sha256(made_from.encode()).hexdigest()[:20]
         if llm.pooling is Pooling.item:
@@ -93,6 +94,9 @@ class LLMItems(HoldsLLM, ItemTower):
         rows: Array64 = ids.cpu().numpy() - 1
         work = divide(self.tokens.lengths[rows] + self._extra, self._budget(ids.device), world_size())
         parts = work.parts(rank())
+        if self.training:
+            own = rows[np.concatenate(parts)]
+            self._counts = self._counts[0] + len(own), self._counts[1] + int(self.tokens.lengths[own].sum())
         if show_progress:  # on a terminal only
             parts = tqdm(parts, desc="items", unit="packs", leave=False, disable=None)
         words = self._words(rows[np.unique(np.concatenate(work.parts(rank())))], ids.device)
@@ -105,6 +109,11 @@ class LLMItems(HoldsLLM, ItemTower):
         ids = torch.arange(1, self.num_items + 1, device=self.model.device)
         vectors: Tensor = self(ids, show_progress=True)
         return vectors
+
+    def take_counts(self) -> tuple[int, int]:
+        """Items and text tokens that this process encoded in training since the last call."""
+        counts, self._counts = self._counts, (0, 0)
+        return counts
 
     def append(self, tokens: Tokens) -> None:
         """Take further items, behind those that are there."""
