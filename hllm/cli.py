@@ -61,6 +61,9 @@ def quiet_libraries() -> None:
     # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", ".*The number of training batches .* is smaller than the logging interval.*")
+    # torch 2.13 to itself, when it gathers a checkpoint under fsdp
+    warnings.filterwarnings("ignore", ".*_get_pg_default_device. will be deprecated.*")
+    warnings.filterwarnings("ignore", ".*Multiple backends are registered with this ProcessGroup.*")
 
 
 def split_own(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
