@@ -92,9 +92,9 @@ SECTIONS = {
         "not measured",
         {
             "On a CPU": [
-                Line("ml100k_joint_scratch", "joint, both LLMs from scratch"),
-                Line("ml100k_joint_pretrained", "joint, both LLMs pretrained"),
-                Line("ml100k_joint_frozen", "items frozen, the User LLM pretrained and trained"),
+                Line("ml100k_joint_scratch", "joint, Item LLM (MiniLM, 3 layers) from scratch"),
+                Line("ml100k_joint_pretrained", "joint, Item LLM (MiniLM, 3 layers) pretrained"),
+                Line("ml100k_joint_frozen", "the same Item LLM frozen, the User LLM trained"),
                 Line("ml100k_joint_light", "light form: cached vectors, user transformer, ce"),
                 Line("ml100k_joint_sasrec", "SASRec: ids, user transformer, ce"),
             ]
