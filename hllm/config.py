@@ -344,6 +344,8 @@ class DatasetConfig:
     "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
     max_history: int = 100
     "Newest events of a history that the user model sees."
+    eval_history: int | None = None
+    "Of those, how many it sees in evaluation and recommendation; unset is all. At most max_history."
     batch_size: int = 32
     "Training rows a step."
     eval_batch_size: int = 256
@@ -352,6 +354,13 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         _at_least("dataset.max_history", self.max_history, 1)
+        if self.eval_history is not None:
+            _require(
+                1 <= self.eval_history <= self.max_history,
+                "dataset.eval_history",
+                self.eval_history,
+                f"must be at least 1 and at most dataset.max_history={self.max_history}",
+            )
         _at_least("dataset.batch_size", self.batch_size, 1)
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
@@ -364,6 +373,11 @@ class DatasetConfig:
                 self.train_rows.name,
                 f"with dataset.protocol={self.protocol.name} choose of {', '.join(kind.name for kind in allowed)}",
             )
+
+    @property
+    def window(self) -> int:
+        """Newest events that evaluation sees."""
+        return self.eval_history or self.max_history
 
     @property
     def rows(self) -> TrainRows:

@@ -136,11 +136,11 @@ class Recommendations:
     def _history(self, items: Tensor, timestamps: Tensor | None = None) -> Batch:
         """One row of the newest of (E,) item ids and their times in seconds."""
         timestamps = torch.zeros_like(items) if timestamps is None else timestamps
-        window = items[None, -self.config.dataset.max_history :]
+        window = items[None, -self.config.dataset.window :]
         return Batch(
             users=torch.zeros(1, dtype=torch.int64),
             items=window,
-            timestamps=timestamps[None, -self.config.dataset.max_history :],
+            timestamps=timestamps[None, -self.config.dataset.window :],
             targets=torch.zeros_like(window),
             mask=torch.ones_like(window, dtype=torch.bool),
             seen=torch.stack([torch.zeros_like(items), items]),

@@ -66,13 +66,13 @@ def split(interactions: Interactions, dataset: DatasetConfig) -> Splits:
         are predicted: the last, the first, or each.
     """
     if dataset.protocol is Protocol.user_split:
-        return _user_split(interactions, dataset.split, dataset.max_history)
+        return _user_split(interactions, dataset.split, dataset.window)
     if dataset.protocol is Protocol.temporal:
-        return _temporal(interactions, dataset.split, dataset.max_history)
+        return _temporal(interactions, dataset.split, dataset.window)
     return Splits(
         train_ends=leave_one_out_ends(interactions),
-        validation=leave_one_out_rows(interactions, 2, dataset.max_history),
-        test=leave_one_out_rows(interactions, 1, dataset.max_history),
+        validation=leave_one_out_rows(interactions, 2, dataset.window),
+        test=leave_one_out_rows(interactions, 1, dataset.window),
         needs="3 events",
     )
 

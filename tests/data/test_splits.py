@@ -1,6 +1,7 @@
 """Every protocol equals plain loops over histories, and nothing that is to be predicted is trained on."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -100,6 +101,18 @@ def test_a_history_is_the_newest_events_right_before_the_target(data: Interactio
             own = own_events(data, user)
             assert end in own[1:]
             assert list(range(start, end)) == own[: own.index(end)][-config.max_history :]
+
+
+@pytest.mark.parametrize("protocol", list(Protocol))
+def test_evaluation_may_see_a_shorter_history_than_training(protocol: Protocol) -> None:
+    """MAX_ITEM_LIST_LENGTH_TEST of the official code, which trains HLLM-1B with 28k negatives on 55 and tests on 50."""
+    data, config = of_lengths(*[9] * 20), dataset(protocol, 6)
+    longer, shorter = split(data, config), split(data, replace(config, eval_history=2))
+    for long, short in ((longer.validation, shorter.validation), (longer.test, shorter.test)):
+        assert short.ends.tolist() == long.ends.tolist()
+        assert (short.ends - short.starts).tolist() == [min(2, length) for length in long.ends - long.starts]
+    assert (longer.test.ends - longer.test.starts).max() == 6
+    assert shorter.train_ends.tolist() == longer.train_ends.tolist()
 
 
 @given(HISTORIES, st.sampled_from(LEAVE_ONE_OUT), MAX_HISTORIES)
