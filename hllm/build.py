@@ -1,6 +1,7 @@
 """Checked config -> datamodule, module, callbacks, trainer: the one place that knows which config makes which class."""
 
 import importlib.util
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from hllm.collapse import CollapseGuard, FiniteLoss
 from hllm.config import (
     CachedItemsConfig,
+    CELossConfig,
     Config,
     Dtype,
     IdItemsConfig,
@@ -43,6 +45,11 @@ from hllm.items.tower import CachedItems, IdItems, ItemTower
 from hllm.module import Recommender
 from hllm.throughput import Throughput
 from hllm.users.llm import UserLLM
+
+log = logging.getLogger(__name__)
+
+MANY_ITEMS = 10_000
+"More than a step should encode."
 
 
 def cache_dir(config: Config) -> Path:
@@ -152,6 +159,12 @@ def _build_items(config: Config, datamodule: DataModule, dim: int, loaded: tuple
     files = locate(llm, cache, weights=llm.pretrained)
     model, tokenizer = loaded or load_trainable(files, llm)
     check_fit(files.name, model, tokenizer, llm)
+    if isinstance(config.loss, CELossConfig) and datamodule.num_items > MANY_ITEMS:
+        log.warning(
+            "loss=%s scores all %d items in each step, and items=llm encodes what is scored: loss=nce draws some",
+            config.loss.name,
+            datamodule.num_items,
+        )
     tokens = catalog_tokens(datamodule.catalog, config.dataset.text, llm, files, tokenizer, cache)
     check_vocabulary(files.name, model, tokens)
     return LLMItems(model, tokens, llm, config.items, dim)
@@ -161,7 +174,11 @@ def item_callbacks(config: Config) -> list[Callback]:
     """What an item tower needs done: vectors cached before weights are restored or optimizers exist; a guard."""
     if isinstance(config.items, CachedItemsConfig):
         return [ItemEmbeddingCache(config.dataset.text, config.llm, cache_dir(config))]
-    return [CollapseGuard(config), Throughput()] if isinstance(config.items, LLMItemsConfig) else []
+    if not isinstance(config.items, LLMItemsConfig):
+        return []
+    # vectors of a frozen model cannot collapse, and those of an untuned one are alike from the beginning
+    trained = "all" not in config.items.tuning.freeze
+    return [CollapseGuard(config), Throughput()] if trained else [Throughput()]
 
 
 def build_checkpoint(config: Config, run_dir: Path) -> ModelCheckpoint:

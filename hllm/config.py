@@ -585,10 +585,12 @@ class LoraConfig:
     dropout: float = 0.0
     "On what the updates read."
 
-    def __post_init__(self) -> None:
+    def check(self, flag: str) -> None:
+        """Raises ConfigError; ``flag`` is what stands before the keys: items.tuning.lora or user.tuning.lora."""
         if self.rank is not None:
-            _at_least("lora.rank", self.rank, 1)
-        _fraction("lora.dropout", self.dropout)
+            _at_least(f"{flag}.rank", self.rank, 1)
+        _require(self.alpha > 0, f"{flag}.alpha", self.alpha, "must be above 0")
+        _fraction(f"{flag}.dropout", self.dropout)
 
 
 @dataclass
@@ -611,6 +613,9 @@ class LLMItemsConfig(ItemsConfig):
     "auto: packed on GPUs in 16-bit arithmetic, padded elsewhere."
     grad_cache: bool = False
     "Encode a step's items twice, so that one pack's activations are held at a time (GradCache, arXiv 2101.06983)."
+
+    def __post_init__(self) -> None:
+        self.tuning.lora.check("items.tuning.lora")
 
 
 @dataclass
@@ -654,6 +659,11 @@ class LLMUserConfig(UserConfig):
     def __post_init__(self) -> None:
         if self.num_layers is not None:
             _at_least("user.num_layers", self.num_layers, 1)
+        self.tuning.lora.check("user.tuning.lora")
+        if self.llm is not None:
+            for name, default in (("pretrained", True), ("num_layers", None)):
+                value = getattr(self.llm, name)
+                _require(value == default, f"user.llm.{name}", value, f"give it as user.{name}={value}")
 
 
 @dataclass
@@ -967,6 +977,16 @@ class Config:
             "llm.dtype",
             self.llm.dtype.name,
             "is that of stored vectors; with items=llm choose trainer.precision=32-true, bf16-mixed or bf16-true",
+        )
+        assert isinstance(self.items, LLMItemsConfig)
+        _require(
+            "all" not in self.items.tuning.freeze
+            or self.llm.pooling is not Pooling.item
+            or self.init is not None
+            or self.ckpt is not None,
+            "items.tuning.freeze",
+            "[all]",
+            "would read items at an [ITEM] token that was never trained; give init=, or llm.pooling=mean or last",
         )
 
     @property

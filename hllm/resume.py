@@ -79,10 +79,10 @@ class LastCheckpoint(Checkpoint):
         # the last batch is followed by the validation and the checkpoint of the epoch
         within = not (trainer.is_last_batch or trainer.should_stop)
         if self.every_steps and stepped and within and trainer.global_step % self.every_steps == 0:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["stopped"] = trainer.should_stop

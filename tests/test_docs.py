@@ -56,3 +56,10 @@ def test_every_experiment_of_the_results_table_has_a_file() -> None:
     rows = re.findall(r"^\| `(\w+)`", table, re.M)
     assert rows
     assert {f"{row}.yaml" for row in rows} <= {path.name for path in (ROOT / "conf" / "experiment").iterdir()}
+
+
+def test_every_test_that_the_fidelity_list_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "fidelity.md").read_text())
+    assert len(named) > 50
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hllm.config import Fusion, LLMConfig, Positions, Selection, TextConfig
 from hllm.data.schema import Catalog
+from hllm.errors import ConfigError
 from hllm.items.backbone import Backbone, choose_device, choose_dtype, has_fast_bfloat16, load_backbone
 from hllm.items.encoder import Encoder
 from hllm.items.files import LLMFiles, locate, weights_digest
@@ -63,6 +64,8 @@ def embed_catalog(
         LLMError: the model cannot be had, loaded or used.
         CacheError: the cache cannot be written; finished shards are kept.
     """
+    if not llm.pretrained:
+        raise ConfigError("llm.pretrained=False: stored vectors are those of a trained model; leave the flag out")
     parts = text_parts(catalog, text)
     against = None if corpus is None or text.selection is Selection.head else text_parts(corpus, text)
     field_weights(parts.names, text)  # a wrong name must not show after hours of embedding
