@@ -10,14 +10,15 @@ import argparse
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
+import polars as pl
 from results_table import ROOT, Row, read_rows, write_between
 
 from hllm.report import text_table
 
-METRICS = ("hr@5", "hr@10", "hr@200", "ndcg@5", "ndcg@10", "ndcg@200")
+METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 50, 200))
 COMPARED = ("hr@10", "ndcg@10")
 
 
@@ -174,9 +175,22 @@ def difference_table(pairs: list[tuple[Row, Row]]) -> str:
     return text_table(header, lines)
 
 
-def describe(identity: dict[str, str], environment: dict[str, str], rows: dict[str, Row]) -> str:
+def speed(folder: Path) -> str:
+    """Of an experiment's runs that trained an Item LLM: items encoded a second, and memory at most; else nothing."""
+    curves = [pl.read_csv(path, infer_schema_length=None) for path in folder.glob("*/metrics.csv")]
+    curves = [curve for curve in curves if "train/items_per_second" in curve.columns]
+    if not curves:
+        return ""
+    rate, memory = (
+        [value for curve in curves for value in curve[f"train/{name}"].drop_nulls()]
+        for name in ("items_per_second", "peak_memory_gb")
+    )
+    return f" ({median(rate):.0f} items/s in training, {max(memory):.1f} GB)"
+
+
+def describe(identity: dict[str, str], environment: dict[str, str], rows: dict[str, Row], folder: Path) -> str:
     users = len(next(iter(rows.values())).ndcg)
-    times = ", ".join(f"`{row.name}` {row.seconds:.0f} s" for row in rows.values())
+    times = ", ".join(f"`{row.name}` {row.seconds:.0f} s{speed(folder / row.name)}" for row in rows.values())
     versions = ", ".join(f"{key} {environment[key]}" for key in ("python", "torch", "transformers", "gpu", "threads"))
     return (
         f"{identity['dataset']}, protocol `{identity['protocol']}`: whole catalogue ranked, history masked, ties at "
@@ -199,7 +213,7 @@ def main() -> None:
     if args.folder is not None:
         found, identity, environment = read_rows([args.folder / name for name in section.experiments], same_seeds=False)
         rows = {name: row for name in section.experiments for row in found if row.name == name}
-        about = describe(identity, environment, rows)
+        about = describe(identity, environment, rows, args.folder)
     write_between(ROOT / "docs" / "results.md", f"joint {args.section}", section_text(section, rows, about))
 
 
