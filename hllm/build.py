@@ -202,7 +202,7 @@ def build_strategy(config: TrainerConfig) -> LightningStrategy | str:
     if config.strategy is Strategy.auto and num_processes == 1:
         return "auto"
     if config.strategy in (Strategy.auto, Strategy.ddp):
-        # our buffers are constants; sending them would also hang where a process has no batch to evaluate
+        # our buffers are constants; sending them would also hang where a process has fewer batches to evaluate
         return DDPStrategy(broadcast_buffers=False)
     if config.strategy is Strategy.fsdp:
         # whole checkpoints, which hllm.evaluate and hllm.recommend read on one device

@@ -54,9 +54,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
     # evaluation needs neither early stopping nor checkpointing
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
-    # a frozen Item LLM
+    # a frozen language model
     warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode at the start of training.*")
-    # every process logs the same value: the metrics were summed over all of them
+    # every process logs the same value: metrics were summed over all of them, losses averaged
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
     # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -53,6 +53,16 @@ def total(count: int, device: torch.device) -> int:
     return int(summed)
 
 
+def mean(values: Tensor) -> Tensor:
+    """Over the processes; without gradient."""
+    values = values.detach()
+    if world_size() == 1:
+        return values
+    averaged = values.clone()
+    dist.all_reduce(averaged)
+    return averaged / world_size()
+
+
 def most(count: int, device: torch.device) -> int:
     """Largest over the processes."""
     if world_size() == 1:

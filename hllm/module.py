@@ -20,16 +20,18 @@ from hllm.distributed import (
     clip_gradient_norm,
     gather_ids,
     is_sharded,
+    mean,
     most,
     shard,
     total,
     world_size,
 )
-from hllm.errors import CheckpointError
+from hllm.errors import CheckpointError, ConfigError
 from hllm.head import SimilarityHead
 from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import RankingMetrics, target_ranks
+from hllm.tuning import is_trained
 
 LLM_WEIGHTS = ("items.model.", "users.model.")
 "Beginnings of the names of language models' own weights, which optimizer.llm_lr is for."
@@ -75,8 +77,16 @@ class Recommender(L.LightningModule):
         "(B,) user numbers, target ids and target ranks of each test batch of all processes, for paired comparisons."
         self.last_step: LastStep | None = None
         "What the newest training step tells of a collapse."
-        self._catalogue: Tensor | None = None
+        self._catalogue: tuple[Tensor, Tensor] | None = None
         self._idle_batches = 0
+
+    def setup(self, stage: str) -> None:
+        """Raises ConfigError where there is nothing to train."""
+        if stage == "fit" and not is_trained(self):
+            raise ConfigError(
+                "nothing is trained: every part is frozen; leave something out of items.tuning.freeze or "
+                "user.tuning.freeze"
+            )
 
     def configure_model(self) -> None:
         """Shard both towers where the strategy asks for it; Lightning calls this before each fit and evaluation."""
@@ -103,28 +113,31 @@ class Recommender(L.LightningModule):
         excluded = _history_mask(batch, candidates.ids)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
         items = _lookup(candidates.ids, ids, vectors)
         loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        self.log("train/negatives", negatives, batch_size=len(targets))
-        if self.head.learned:
-            self.log("train/temperature", 1 / self.head.scale(), batch_size=len(targets))
-        self.last_step = LastStep(vectors.detach(), negatives.detach(), candidates.offered())
         # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
         weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)
-        return cast(Tensor, loss * weight)
+        loss = cast(Tensor, loss * weight)
+        # not Lightning's sync_dist: it would hold all processes up at a barrier, once a value
+        mean_loss, mean_negatives = mean(torch.stack([loss.float(), negatives.float() * weight]))
+        self.log("train/loss", mean_loss, prog_bar=True, batch_size=len(targets))
+        self.log("train/negatives", mean_negatives, batch_size=len(targets))
+        if self.head.learned:
+            self.log("train/temperature", 1 / self.head.scale(), batch_size=len(targets))
+        self.last_step = LastStep(vectors.detach(), mean_negatives, candidates.offered())
+        return loss
 
     def scores(self, batch: Batch) -> Tensor:
         """(B, I) score of every catalogue item after each history; item i + 1 in column i."""
-        catalogue = self.catalogue()
-        ids = torch.arange(1, len(catalogue) + 1, device=catalogue.device)
-        encoded = self(batch, ids, catalogue)
+        vectors, table = self.catalogue()
+        ids = torch.arange(1, len(vectors) + 1, device=vectors.device)
+        encoded = self(batch, ids, vectors)
         last = batch.mask.sum(1) - 1
-        scores: Tensor = self.head(encoded[torch.arange(len(batch), device=last.device), last], catalogue)
-        return scores
+        return self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table)
 
-    def catalogue(self) -> Tensor:
-        """(I, D) item vectors, encoded once an evaluation."""
+    def catalogue(self) -> tuple[Tensor, Tensor]:
+        """(I, D) item vectors, for histories, and (I, D) as the head scores them; made once an evaluation."""
         if self._catalogue is None:
-            self._catalogue = self.items.all()
+            vectors = self.items.all()
+            self._catalogue = vectors, self.head.table(vectors)
         return self._catalogue
 
     def on_validation_epoch_start(self) -> None:
@@ -137,13 +150,13 @@ class Recommender(L.LightningModule):
     def _begin_evaluation(self, num_batches: list[int | float]) -> None:
         self._catalogue = None
         with self.trainer.precision_plugin.forward_context():
-            self.catalogue()  # at once and in all processes: one without a batch would never ask for it
+            self.catalogue()  # at once: all processes share the work, and batches come to each in its own time
         own = int(sum(num_batches))
         self._idle_batches = most(own, self.device) - own
 
     def _end_evaluation(self) -> None:
         """Wait for processes with more batches: where weights are sharded, a user tower only runs in all at once."""
-        x = self.catalogue()[None, :1]  # (1, 1, D)
+        x = self.catalogue()[0][None, :1]  # (1, 1, D)
         with self.trainer.precision_plugin.forward_context():
             for _ in range(self._idle_batches):
                 self.users(x, x.new_ones(1, 1, dtype=torch.bool), x.new_zeros(1, 1, dtype=torch.int64))
@@ -253,7 +266,9 @@ class Recommender(L.LightningModule):
 
 @dataclass(frozen=True)
 class LastStep:
-    """(n, D) item vectors of a step; () the mean number of negatives of a position, and how many were offered."""
+    """(n, D) item vectors of a step; () the mean number of negatives of a position, of all processes; () how many were
+    offered.
+    """
 
     vectors: Tensor
     negatives: Tensor

@@ -92,6 +92,7 @@ class Record(L.Callback):
 
     Args:
         losses: (steps,) mean over all positions of the step, in this process's share.
+        logged: of each step, train/loss and train/negatives.
         gradients: of each step, as the optimizer got them.
         offered: of each step, ids and counts of the negatives.
         catalogue: (I, D) before the first step.
@@ -100,6 +101,7 @@ class Record(L.Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.logged: list[list[float]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.offered: list[tuple[list[int], list[int]]] = []
 
@@ -126,6 +128,8 @@ class Record(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"].item())
+        logged = trainer.callback_metrics
+        self.logged.append([float(logged[f"train/{name}"]) for name in ("loss", "negatives")])
 
 
 def _gradients(module: Recommender) -> dict[str, Tensor]:
@@ -185,7 +189,7 @@ CASES = {
     "half": [*OFFICIAL, "trainer.precision=bf16-true"],
 }
 EXACT = [name for name in CASES if name not in ("mixed", "half")]
-FIELDS = ("losses", "gradients", "offered", "catalogue", "encoded")
+FIELDS = ("losses", "logged", "gradients", "offered", "catalogue", "encoded")
 STRATEGIES = [Strategy.ddp, Strategy.fsdp]
 
 
@@ -262,6 +266,14 @@ def test_the_loss_of_all_positions_is_that_of_one_process(
     assert losses == pytest.approx(np.array(alone[name].losses), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_curves_are_of_all_positions(both: Both, alone: dict[str, Record], strategy: Strategy, name: str) -> None:
+    first, second = both(strategy, name)
+    assert first.logged == second.logged
+    assert np.array(first.logged) == pytest.approx(np.array(alone[name].logged), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mixed", "half"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sixteen_bits_follow_one_process(both: Both, alone: dict[str, Record], strategy: Strategy, name: str) -> None:
@@ -333,7 +345,8 @@ def _train_and_resume(rank: int, folder: Path, configs: dict[str, Config]) -> No
             with pytest.raises(Stopped):
                 train(configs["fsdp"], folder / "stopped")
         last = folder / "stopped" / "checkpoints" / "last.ckpt"
-        train(replace(configs["fsdp"], ckpt=str(last)), folder / "resumed")
+        # processes of torchrun or SLURM each name a run folder; the first one's is that of all
+        train(replace(configs["fsdp"], ckpt=str(last)), folder / ("resumed", "second")[rank])
 
 
 @pytest.fixture(scope="module")

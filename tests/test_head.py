@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hllm.config import HeadConfig, ScoreDtype, Similarity
 from hllm.head import SimilarityHead
@@ -106,6 +107,27 @@ def test_a_learned_scale_starts_at_the_official_one() -> None:
     head = SimilarityHead(HeadConfig(temperature=0.07, learned=True))
     assert head.log_scale.item() == pytest.approx(2.65926, abs=1e-5)
     assert head.scale().item() == pytest.approx(14.2857, abs=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_cast_to_bfloat16_the_scale_stays_exact(learned: bool) -> None:
+    head = SimilarityHead(HeadConfig(temperature=0.07, learned=learned)).to(torch.bfloat16)
+    assert head.log_scale.dtype == torch.float32
+    assert head.scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert head.to("meta").log_scale.device.type == "meta"
+    assert isinstance(head.log_scale, nn.Parameter) is learned
+
+
+@pytest.mark.parametrize("similarity", Similarity)
+@pytest.mark.parametrize("dtype", ScoreDtype)
+def test_a_table_made_once_gives_the_same_scores_to_the_last_bit(similarity: Similarity, dtype: ScoreDtype) -> None:
+    head = SimilarityHead(HeadConfig(similarity, temperature=0.07, score_dtype=dtype))
+    torch.manual_seed(0)
+    users, items = torch.randn(7, 16), torch.randn(50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        table = head.table(items)
+        scores = head.score(users, table)
+    assert torch.equal(scores, head(users, items))
 
 
 @pytest.mark.parametrize("dtype", ScoreDtype)

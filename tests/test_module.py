@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hllm.build import build_datamodule, build_module
 from hllm.config import Config, NCELossConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
+from hllm.errors import ConfigError
 from hllm.losses import NCELoss
 from hllm.module import Recommender, _lookup
 
@@ -210,20 +212,55 @@ def test_mixed_precision_leaves_loss_and_scores_in_float32(
     """Reference 8, Optimisation: fp32 loss and scores, while the language models compute in bfloat16."""
     logged: dict[str, Tensor] = {}
     given: list[tuple[Tensor, Tensor]] = []
-    forward = joint.head.forward
+    score = joint.head.score
     monkeypatch.setattr(joint, "log", lambda name, value, **_: logged.update({name: value}))
-    monkeypatch.setattr(joint.head, "forward", lambda *vectors: given.append(vectors) or forward(*vectors))
     monkeypatch.setattr(joint, "_catalogue", None)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            loss, scores = joint.training_step(batch, 0), joint.scores(batch)
+            loss = joint.training_step(batch, 0)
+            monkeypatch.setattr(joint.head, "score", lambda *vectors: given.append(vectors) or score(*vectors))
+            scores = joint.scores(batch)
+            catalogue, _ = joint.catalogue()
         exact = joint.items.all()
-    (_, (users, catalogue)) = given
+    ((users, _),) = given
     assert not torch.equal(catalogue.float(), exact)
     torch.testing.assert_close(catalogue.float(), exact, atol=0.1, rtol=0.1)
-    assert torch.equal(scores, forward(users, catalogue))  # as outside of autocast
+    assert torch.equal(scores, joint.head(users, catalogue))  # as outside of autocast
     assert loss.dtype == scores.dtype == logged["train/loss"].dtype == torch.float32
     assert loss.item() != loss.bfloat16().item()
+
+
+def test_the_catalogue_is_prepared_once_an_evaluation(
+    module: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    prepare = module.head.prepare
+    monkeypatch.setattr(module.head, "prepare", lambda vectors: prepared.append(len(vectors)) or prepare(vectors))
+    first, again = module.scores(batch), module.scores(batch)
+    assert prepared == [module.items.num_items, len(batch), len(batch)]
+    assert torch.equal(first, again) or module.users.training
+    module._trainer = SimpleNamespace(
+        num_val_batches=[1], precision_plugin=SimpleNamespace(forward_context=nullcontext)
+    )
+    with torch.no_grad():
+        module.items.table.weight *= -1
+    module.on_validation_epoch_start()
+    assert not torch.equal(module.catalogue()[1], module.head.table(-module.items.all()))
+    assert torch.equal(module.catalogue()[1], module.head.table(module.items.all()))
+
+
+def test_under_bf16_true_the_temperature_is_learned(run_training: Callable[..., Run]) -> None:
+    run = run_training(*OFFICIAL, "trainer.precision=bf16-true", "trainer.max_epochs=1", "optimizer.lr=1e-5")
+    state = torch.load(run.last, weights_only=True)["state_dict"]
+    assert state["head.log_scale"].dtype == torch.float32
+    assert 1e-6 < abs(state["head.log_scale"].item() - math.log(1 / 0.07)) < 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_run_with_nothing_to_train_is_refused(run_training: Callable[..., Run], strategy: str) -> None:
+    frozen = ["items=cached", "items.adaptor=none", "user=llm", "user.tuning.freeze=[all]"]
+    with pytest.raises(ConfigError, match=r"^nothing is trained: every part is frozen; leave .* user\.tuning\.freeze$"):
+        run_training(*frozen, f"trainer.strategy={strategy}")
 
 
 def test_a_users_own_items_are_no_negatives_of_theirs_but_of_others(

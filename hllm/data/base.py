@@ -344,6 +344,11 @@ class SequenceDataModule(DataModule):
         rank, num_ranks = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if len(dataset) < num_ranks:
+            raise DataError(
+                f"{self.config.name}: {len(dataset)} {'training' if shuffle else 'evaluation'} rows for {num_ranks} "
+                f"processes, and each needs one; lower trainer.devices or trainer.num_nodes to {len(dataset)} processes"
+            )
         return self._loader(dataset, RowSampler(len(dataset), shuffle, rank, num_ranks), batch_size)
 
 

@@ -19,13 +19,27 @@ from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
 from hllm.items.baichuan import baichuan_config, baichuan_tokenizer, load_baichuan
 from hllm.items.files import LLMFiles
+from hllm.tuning import is_trained
 
 
 class HoldsLLM(nn.Module):
-    """Base of towers around a language model: rotary frequencies stay in float32 whatever the tower is cast to.
+    """Base of towers around a language model, ``model``.
 
-    Rounded to bfloat16 they are off by 2^-9, which at position 256 is half a radian of the faster angles.
+    Rotary frequencies stay in float32 whatever the tower is cast to: rounded to bfloat16 they are off by 2^-9, which at
+    position 256 is half a radian of the faster angles. A model of which nothing is trained stays in eval mode.
     """
+
+    model: Any
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not is_trained(self.model):
+            self.model.eval()  # its dropout would only be noise
+            for module in self.model.modules():
+                # in eval mode a layer keeps its activations; what has dropout is below the layer
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = mode
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = [

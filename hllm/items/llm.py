@@ -83,12 +83,6 @@ class LLMItems(HoldsLLM, ItemTower):
         self._last = LastFeedForward(model) if spare else None
         self.train()  # Lightning leaves modes as it finds them
 
-    def train(self, mode: bool = True) -> "LLMItems":
-        super().train(mode)
-        if not is_trained(self.model):
-            self.model.eval()  # frozen: its dropout would only be noise
-        return self
-
     def forward(self, ids: Tensor, show_progress: bool = False) -> Tensor:
         """(n,) unique item ids -> (n, D). Every process must ask for the same ids, in the same order."""
         rows: Array64 = ids.cpu().numpy() - 1
@@ -143,7 +137,13 @@ class LLMItems(HoldsLLM, ItemTower):
             encode = self._packed
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
             if self.config.grad_cache and torch.is_grad_enabled():
-                again: Tensor = checkpoint(encode, rows, words, use_reentrant=False)
+                # a GPU's random state, for dropout, is kept if a tensor among the arguments is on it
+                again: Tensor = checkpoint(
+                    lambda ids, vectors: encode(rows, Words(ids, vectors)),
+                    words.ids,
+                    words.vectors,
+                    use_reentrant=False,
+                )
                 return again
             return encode(rows, words)
 

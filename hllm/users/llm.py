@@ -37,6 +37,7 @@ class UserLLM(HoldsLLM):
             raise ConfigError(f"dataset.max_history={max_history}: the User LLM reads at most {limit} events")
         _check_causal(model)
         tune(model, config.tuning, "user.tuning")
+        self.train()  # Lightning leaves modes as it finds them
 
     def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor) -> Tensor:
         """(B, L, D) item vectors, real events first -> (B, L, D); output i depends on events 0..i only."""

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import torch.distributed as dist
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig
 from hllm.data.base import Counts, RawFiles, RowSampler, SequenceDataModule
@@ -75,6 +76,24 @@ def test_each_user_is_evaluated_once_in_order(data: Made) -> None:
     assert targets(data.val_dataloader()) == [end - 1 for end in ends]
     assert targets(data.test_dataloader()) == ends
     assert [len(batch) for batch in data.test_dataloader()] == [5, 4]
+
+
+@pytest.mark.parametrize(("loader", "rows"), [("train", "training"), ("val", "evaluation"), ("test", "evaluation")])
+def test_a_process_without_a_row_is_refused(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, loader: str, rows: str
+) -> None:
+    data = make(users=3)
+    data.setup()
+    num_rows = len(getattr(data, f"{loader}_dataloader")().dataset)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: num_rows)
+    assert sum(1 for batch in getattr(data, f"{loader}_dataloader")() for _ in batch.users) == 1
+    monkeypatch.setattr(dist, "get_world_size", lambda: num_rows + 1)
+    with pytest.raises(
+        DataError, match=rf"^made: {num_rows} {rows} rows for {num_rows + 1} processes, .*trainer\.devices"
+    ):
+        getattr(data, f"{loader}_dataloader")()
 
 
 def test_only_evaluation_batches_carry_seen_items(data: Made) -> None:

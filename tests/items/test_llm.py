@@ -17,6 +17,7 @@ from hllm.build import build_datamodule, build_module
 from hllm.config import Config, LLMConfig, LLMItemsConfig, LoraConfig, Packing, Pooling, Positions, TuningConfig
 from hllm.errors import ConfigError
 from hllm.head import MAX_LOG_SCALE
+from hllm.items import llm as llm_tower
 from hllm.items.backbone import load_backbone, load_trainable
 from hllm.items.encoder import Encoder, Tokens, tokenize
 from hllm.items.files import ITEM_TOKEN, LLMFiles
@@ -285,6 +286,34 @@ def test_grad_cache_gives_the_gradients_of_one_pass(
         found.append((vectors.detach(), gradients(items)))
     torch.testing.assert_close(found[0][0], found[1][0], **TOLERANCE)
     assert_same_gradients(found[0][1], found[1][1], 1e-5)
+
+
+def test_grad_cache_shows_its_device_to_the_checkpoint(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps the random state of the devices of tensors that it is given, and of no other."""
+    given: list[tuple[Any, ...]] = []
+    kept = llm_tower.checkpoint
+    monkeypatch.setattr(
+        llm_tower, "checkpoint", lambda run, *args, **rest: given.append(args) or kept(run, *args, **rest)
+    )
+    items = build("llama", grad_cache=True).to("cpu", torch.float64)
+    items(all_ids(items))
+    assert given
+    for args in given:
+        assert any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args), "the embeddings"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU has a random state of its own")
+def test_grad_cache_repeats_dropout_on_a_gpu(build: Build) -> None:
+    found = []
+    for grad_cache in (False, True):
+        items = build("bert", packing=Packing.padded, token_budget=64, grad_cache=grad_cache).cuda()
+        torch.manual_seed(1)
+        vectors = items(all_ids(items).cuda())
+        (vectors @ torch.linspace(-1, 1, 32).cuda()).sin().sum().backward()
+        found.append((vectors.detach(), gradients(items)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(found[0][1], found[1][1], 1e-4)
 
 
 @pytest.mark.parametrize(

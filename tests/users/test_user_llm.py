@@ -173,6 +173,35 @@ def test_cast_to_bfloat16_rotary_frequencies_stay_exact(users: Callable[..., Use
     assert torch.cosine_similarity(encoded.float(), run(exact, vectors()), dim=-1).min() > 0.995
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_model_has_no_dropout_and_computes_its_layers_again_if_told_to(
+    tiny_family: Family, llm_config: LLM, recompute: bool
+) -> None:
+    folder = tiny_family("llama")
+    model, _ = load_trainable(LLMFiles("tiny", folder), llm_config(folder))
+    model.layers[0].mlp.dropout = nn.Dropout()
+    tuning = TuningConfig(freeze=["all"], gradient_checkpointing=recompute)
+    tower = UserLLM(model, LLMUserConfig(name="llm", tuning=tuning), 64)
+    calls: list[int] = []
+    model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for mode in (True, False, True):
+        assert tower.train(mode).training is mode
+        assert not model.layers[0].mlp.dropout.training
+    x = vectors().requires_grad_()
+    run(tower, x).sum().backward()
+    assert len(calls) == 1 + recompute
+    assert x.grad is not None
+    assert x.grad.any(), "a gradient for the items passes"
+
+
+def test_from_the_start_a_frozen_model_is_in_eval_mode_and_a_trained_one_is_not(
+    make_module: Callable[..., tuple[Recommender, Batch]],
+) -> None:
+    frozen, _ = make_module("items=id", "user=llm", "user.tuning.freeze=[all]")
+    trained, _ = make_module("items=id", "user=llm")
+    assert [module.users.model.training for module in (frozen, trained)] == [False, True]
+
+
 # together with the item tower
 
 JOINT = ("items=llm", "user=llm", "loss=nce_official", "head=cosine_learned", "loss.num_negatives=20")
