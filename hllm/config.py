@@ -1087,21 +1087,34 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """The inverse of ``to_plain``: schemas are chosen by each group's keys, and by its name among equal ones.
+    """The inverse of ``to_plain``, also for a config of an earlier version: keys that it lacks get their defaults.
 
     Raises:
-        ConfigError: a key or value is not of this version's schema.
+        ConfigError: a key or value is not of this version's schema, or one without a default is missing.
     """
     try:
         cfg = OmegaConf.structured(Config)
-        for group, schemas in SCHEMAS.items():
-            stored = plain[group]
-            same_keys = {
-                name: schema for name, schema in schemas.items() if {f.name for f in fields(schema)} == stored.keys()
-            }
-            # a name may be a person's own, so it must not choose another schema than the keys do
-            by_name = (same_keys or schemas).get(stored["name"])
-            cfg[group] = OmegaConf.structured(by_name or next(iter(same_keys.values())))
-        return check(cast(DictConfig, OmegaConf.merge(cfg, plain)))
-    except (OmegaConfBaseException, LookupError, TypeError, AttributeError, StopIteration) as error:
+        for group in SCHEMAS:
+            cfg[group] = OmegaConf.structured(_schema_of(group, plain[group]))
+        merged = cast(DictConfig, OmegaConf.merge(cfg, plain))
+        if missing := OmegaConf.missing_keys(merged):
+            raise LookupError(f"{min(map(str, missing))} is missing")
+        return check(merged)
+    except (OmegaConfBaseException, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"the stored config does not fit this version of hllm: {error}") from error
+
+
+def _schema_of(group: str, stored: dict[str, Any]) -> type:
+    """The schema that has all keys of a stored group and fewest others; the group's name decides among equal ones.
+
+    A name may be a person's own, so it must not choose another schema than the keys do.
+    """
+    keys = {name: {f.name for f in fields(schema)} for name, schema in SCHEMAS[group].items()}
+    fitting = [name for name in keys if keys[name] >= stored.keys()]
+    if not fitting:
+        nearest = min(keys, key=lambda name: len(stored.keys() - keys[name]))
+        unknown = ", ".join(f"{group}.{key}" for key in sorted(stored.keys() - keys[nearest]))
+        raise LookupError(f"it knows no {unknown}")
+    fewest = min(len(keys[name]) for name in fitting)
+    equal = [name for name in fitting if len(keys[name]) == fewest]
+    return SCHEMAS[group][stored["name"] if stored.get("name") in equal else equal[0]]

@@ -16,6 +16,7 @@ from hllm.data.base import DataModule
 from hllm.errors import CheckpointError
 from hllm.module import Recommender
 from hllm.report import full_report
+from hllm.weights import refuse_folder
 
 USAGE = """usage: python -m hllm.evaluate ckpt=RUN/checkpoints/best.ckpt [root=FOLDER] [cache_dir=FOLDER]
 
@@ -53,15 +54,16 @@ def evaluate(trainer: L.Trainer, module: Recommender, datamodule: DataModule, ck
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; never runs code from the file.
+    """A checkpoint's content; never runs code from the file. Tensors are mapped, and read when they are used.
 
     Raises:
-        CheckpointError: no such file, torn, or not one of hllm.train's.
+        CheckpointError: no such file, a folder, torn, or not one of hllm.train's.
     """
+    refuse_folder("ckpt", path)
     if not path.is_file():
         raise CheckpointError(f"ckpt={path}: no such file; runs keep theirs in RUN/checkpoints/best.ckpt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert isinstance(checkpoint["hyper_parameters"]["config"], dict)
     except Exception as error:  # there is hardly an error that unpickling torn bytes does not raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,16 +1,19 @@
 """Going on from a last.ckpt in a run folder of its own, as if the run had never stopped."""
 
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
-from hllm.config import Config, to_plain
+from hllm.config import Config, from_plain, to_plain
 from hllm.disk import whole_file
 from hllm.distributed import rank, world_size
 from hllm.errors import CheckpointError
@@ -60,10 +63,12 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: of last.ckpt.
         every_steps: optimizer steps.
+        resumed: the checkpoint that the run goes on from. It and the best one beside it are copied into the run's
+            folder, by one process.
     """
 
-    def __init__(self, path: Path, every_steps: int | None) -> None:
-        self.path, self.every_steps = path, every_steps
+    def __init__(self, path: Path, every_steps: int | None, resumed: Path | None = None) -> None:
+        self.path, self.every_steps, self.resumed = path, every_steps, resumed
         self._steps_before = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,6 +95,17 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # a run that was stopped early is finished
         trainer.should_stop = checkpoint.get("stopped", False)
+        if self.resumed is None:
+            return
+        # not that of self.path: processes that were not started by one another may each have named a folder
+        (folder,) = [str(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        best = self.resumed.with_name("best.ckpt")
+        _move_paths(checkpoint, folder, has_best=best.is_file())
+        if trainer.state.fn is TrainerFn.FITTING and trainer.is_global_zero:
+            # the others read these files after training only
+            if best.is_file():
+                _copy(best, Path(folder, "best.ckpt"))
+            _copy(self.resumed, Path(folder, "last.ckpt"))
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -100,45 +116,43 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises CheckpointError where the disk is full or the folder cannot be written."""
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(Path(path)) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            # torch finds its file cut short and raises an error of its own instead
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise CheckpointError(
-                f"cannot write {path}: {reason.strerror or reason}. Free space or mend the rights there, or choose "
-                "another folder with hydra.run.dir=; the checkpoint before is kept"
-            ) from error
+        with _whole_checkpoint(Path(path)) as file:
+            torch.save(checkpoint, file)
 
 
-def take_over(ckpt: Path, config: Config, run_dir: Path) -> Path:
-    """Copy a run's checkpoints into the folder of the run that goes on from it; returns the one to resume from.
+@contextmanager
+def _whole_checkpoint(path: Path) -> Iterator[BinaryIO]:
+    """``whole_file``, its errors being CheckpointErrors that say what to do."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # torch finds its file cut short and raises an error of its own instead
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise CheckpointError(
+            f"cannot write {path}: {reason.strerror or reason}. Free space or mend the rights there, or choose "
+            "another folder with hydra.run.dir=; the checkpoint before is kept"
+        ) from error
 
-    Lightning forgets the best checkpoint so far when the folder changes, so the paths it keeps are moved as well.
 
-    Raises:
-        CheckpointError: missing, torn, or from another config, whose weights or schedule would not fit.
+def check_resumable(ckpt: Path, config: Config) -> None:
+    """Raises CheckpointError: missing, torn, or from another config, whose weights or schedule would not fit.
+
+    What an earlier version did not store counts as this version's default.
     """
-    last = load_checkpoint(ckpt)
-    found = differences(last["hyper_parameters"]["config"], to_plain(config))
+    stored = from_plain(load_checkpoint(ckpt)["hyper_parameters"]["config"])
+    found = differences(to_plain(stored), to_plain(config))
     if changed := [difference for difference in found if not difference.startswith(FREE)]:
         raise CheckpointError(f"ckpt={ckpt} belongs to another config: {'; '.join(changed)}")
-    folder = run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    best = ckpt.with_name("best.ckpt")
-    if has_best := best.is_file():
-        _write_moved(load_checkpoint(best), folder, "best.ckpt")
-    return _write_moved(last, folder, "last.ckpt", has_best)
 
 
-def _write_moved(checkpoint: dict[str, Any], folder: Path, name: str, has_best: bool = True) -> Path:
-    """Write a checkpoint into a run's folder with the paths in it moved there; forget a best one that is not."""
-    best = str(folder / "best.ckpt")
-    moved = {"dirpath": str(folder), "best_model_path": best, "kth_best_model_path": best, "last_model_path": ""}
+def _move_paths(checkpoint: dict[str, Any], folder: str, has_best: bool) -> None:
+    """Let the best checkpoint so far be the one in ``folder``: Lightning forgets it when the folder changes."""
+    best = str(Path(folder, "best.ckpt"))
+    moved = {"dirpath": folder, "best_model_path": best, "kth_best_model_path": best, "last_model_path": ""}
     for callback, state in checkpoint["callbacks"].items():
         if not callback.startswith("ModelCheckpoint"):
             continue
@@ -148,8 +162,12 @@ def _write_moved(checkpoint: dict[str, Any], folder: Path, name: str, has_best: 
         else:
             state |= {**moved, "best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
             state |= {"best_model_score": None, "kth_value": None}
-    WholeCheckpoints().save_checkpoint(checkpoint, folder / name)
-    return folder / name
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and source.samefile(target)):
+        with _whole_checkpoint(target) as file, source.open("rb") as content:
+            shutil.copyfileobj(content, file, 1 << 24)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -19,7 +19,7 @@ from hllm.errors import ConfigError, HllmError
 from hllm.evaluate import Evaluation, evaluate
 from hllm.items.tower import CachedItems
 from hllm.report import full_report
-from hllm.resume import LastCheckpoint, RandomState, WholeCheckpoints, take_over
+from hllm.resume import LastCheckpoint, RandomState, WholeCheckpoints, check_resumable
 from hllm.tracking import build_loggers, write_json, write_ranks, write_run_info
 from hllm.weights import InitialWeights, read_weights
 
@@ -41,9 +41,11 @@ def train(config: Config, run_dir: Path) -> Evaluation:
     config = pin_template(config, datamodule.catalog)
     write_run_info(config, run_dir)
     module = build_module(config, datamodule, read_weights=initial is None or not initial.replace_all(config))
-    resumed = None if config.ckpt is None else take_over(Path(config.ckpt), config, run_dir)
+    resumed = None if config.ckpt is None else Path(config.ckpt)
+    if resumed is not None:
+        check_resumable(resumed, config)
     checkpoint = build_checkpoint(config, run_dir)
-    last = LastCheckpoint(run_dir / "checkpoints" / "last.ckpt", config.callbacks.checkpoint_steps)
+    last = LastCheckpoint(run_dir / "checkpoints" / "last.ckpt", config.callbacks.checkpoint_steps, resumed)
     callbacks = [checkpoint, last, RandomState(), *([] if initial is None else [InitialWeights(initial)])]
     trainer = build_trainer(config, run_dir, build_loggers(config, run_dir), callbacks)
     trainer.strategy.checkpoint_io = WholeCheckpoints()

@@ -14,11 +14,20 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hllm.config import CachedItemsConfig, Config, LLMItemsConfig, LLMUserConfig, LoraConfig, from_plain
+from hllm.config import (
+    Adaptor,
+    CachedItemsConfig,
+    Config,
+    LLMItemsConfig,
+    LLMUserConfig,
+    LoraConfig,
+    Transform,
+    from_plain,
+)
 from hllm.errors import CheckpointError
 from hllm.items.baichuan import llama_weights
 from hllm.items.llm import LLMItems
-from hllm.items.tower import CachedItems
+from hllm.items.tower import CachedItems, ItemTower
 from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
@@ -77,8 +86,9 @@ def read_weights(path: Path) -> Weights:
     """A file's weights; no code of the file is run.
 
     Raises:
-        CheckpointError: no such file, torn, of neither form, or with a part that hllm cannot use.
+        CheckpointError: no such file, a folder, torn, of neither form, or with a part that hllm cannot use.
     """
+    refuse_folder("init", path)
     if not path.is_file():
         raise CheckpointError(f"init={path}: no such file; give a pytorch_model.bin or RUN/checkpoints/best.ckpt")
     try:
@@ -92,6 +102,15 @@ def read_weights(path: Path) -> Weights:
     if plain and any(str(name).startswith(tuple(BODIES)) for name in content):
         return _official_weights(path, content)
     raise CheckpointError(f"init={path}: neither a checkpoint of hllm.train nor the official code's pytorch_model.bin")
+
+
+def refuse_folder(flag: str, path: Path) -> None:
+    """Raises CheckpointError where a checkpoint is a folder: DeepSpeed's, or one that checkpoints lie in."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{flag}={path}: is a folder; give a file, RUN/checkpoints/best.ckpt. Under trainer.strategy=deepspeed_* a "
+            "run writes folders, which hllm does not read (docs/scale.md); ddp and fsdp write files"
+        )
 
 
 def _own_weights(path: Path, content: dict[str, Any]) -> Weights:
@@ -133,8 +152,8 @@ def load_weights(module: Recommender, weights: Weights) -> None:
     """Put weights into a model, in its own dtype; item vectors must be attached.
 
     Where the file's item tower is of another kind (a joint model's, for ``items=cached``: stage II), the model keeps
-    its own and takes users and head. Low-rank updates that the model does not have are merged; those that only the
-    model has start anew.
+    its own and takes users and head; a joint model's projector becomes the linear adaptor of raw vectors. Low-rank
+    updates that the model does not have are merged; those that only the model has start anew.
 
     Raises:
         CheckpointError: a weight is missing, has no place or is of another shape; or items are not the same.
@@ -143,8 +162,11 @@ def load_weights(module: Recommender, weights: Weights) -> None:
     kind = _kind(module.items)
     if weights.items != kind:
         log.info("init=%s: of items=%s; the weights of items=%s here start anew", weights.path, weights.items, kind)
+        projector = given.get("items.projector.weight")
         given = {name: tensor for name, tensor in given.items() if not name.startswith("items.")}
         given |= {name: tensor for name, tensor in own.items() if name.startswith("items.")}
+        if weights.items == "llm" and projector is not None:
+            _project(given, module.items, projector, weights.path)
     elif kind != "llm":
         _check_items(module, weights, kind)
     scales = lora_scales(from_plain(module.hparams["config"]))
@@ -191,6 +213,17 @@ def check_fit(
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise CheckpointError(f"{what}: {names.get(found[0], found[0])}{more} {problem}; {remedy(found[0])}")
+
+
+def _project(given: dict[str, Tensor], items: ItemTower, projector: Tensor, path: Path) -> None:
+    """Let a linear adaptor of raw vectors begin as a joint model's (D, E) projector, which reads the same vectors."""
+    if not isinstance(items, CachedItems) or items.config.adaptor is not Adaptor.linear:
+        return
+    if items.config.transform is not Transform.raw or given["items.adaptor.1.weight"].shape != projector.shape:
+        return
+    given["items.adaptor.1.weight"] = projector
+    given["items.adaptor.1.bias"] = torch.zeros_like(given["items.adaptor.1.bias"])
+    log.info("init=%s: its items.projector is the adaptor here", path)
 
 
 def _remedy(name: str) -> str:

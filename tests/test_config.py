@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hllm.config import EvaluationConfig, compose, from_plain, to_plain
+from hllm.config import CustomConfig, EvaluationConfig, compose, from_plain, to_plain
 from hllm.errors import ConfigError
 
 HUB = "llm=tinyllama"
@@ -118,7 +118,10 @@ def test_values_out_of_range_are_refused_with_flag_value_and_rule(override: str)
         (["trainer.strategy=fsdp", "trainer.precision=16-mixed"], "trainer.precision=16-mixed: trainer.strategy=fsdp"),
         (["items=llm", "dataset.text.fusion=sum"], "dataset.text.fusion=sum: joins stored vectors"),
         (["items=llm", "llm.dtype=bfloat16"], "llm.dtype=bfloat16: is that of stored vectors"),
-        (["items=llm", "items.tuning.freeze=[all]"], r"items.tuning.freeze=\[all\]: would read items at an \[ITEM\] token"),
+        (
+            ["items=llm", "items.tuning.freeze=[all]"],
+            r"items.tuning.freeze=\[all\]: would read items at an \[ITEM\] token",
+        ),
         (["items=llm", "items.tuning.lora.rank=0"], "items.tuning.lora.rank=0: must be at least 1"),
         (["user=llm", "user.tuning.lora.alpha=0.0"], "user.tuning.lora.alpha=0.0: must be above 0"),
         (
@@ -182,6 +185,46 @@ def test_the_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch) 
     assert compose([]).cache_dir == "/somewhere"
     monkeypatch.delenv("HLLM_CACHE")
     assert compose([]).cache_dir == "~/.cache/hllm"
+
+
+@pytest.mark.parametrize("dataset", ["movielens_100k", "amazon_books", "pixelrec_200k", "custom", "sharded"])
+def test_keys_that_an_earlier_version_did_not_store_get_their_defaults(dataset: str) -> None:
+    own = ["dataset.interactions=events.csv"] if dataset == "custom" else []
+    own = ["dataset.root=shards"] if dataset == "sharded" else own
+    config = compose([f"dataset={dataset}", *own, "items=llm", "user=llm", "loss=nce"])
+    stored = to_plain(config)
+    for group, key in (
+        ("dataset", "eval_history"),
+        ("llm", "revision"),
+        ("items", "grad_cache"),
+        ("user", "tuning"),
+        ("loss", "similarity_threshold"),
+        ("trainer", "profiler"),
+    ):
+        del stored[group][key]
+    del stored["dataset"]["text"]["weights"]
+    assert from_plain(stored) == config
+
+
+def test_a_name_of_ones_own_chooses_no_other_schema() -> None:
+    stored = to_plain(compose(["dataset=custom", "dataset.interactions=events.csv", "dataset.name=amazon"]))
+    del stored["dataset"]["eval_history"]
+    assert isinstance(from_plain(stored).dataset, CustomConfig)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "named"),
+    [
+        ("user", {"num_wings": 2, "num_tails": 1}, "it knows no user.num_tails, user.num_wings"),
+        ("trainer", {"wings": 2}, "wings"),
+        ("user", {"_target_": "???"}, "user._target_ is missing"),
+    ],
+)
+def test_what_does_not_fit_in_a_stored_config_is_named(group: str, change: dict[str, object], named: str) -> None:
+    stored = to_plain(compose([]))
+    stored[group] |= change
+    with pytest.raises(ConfigError, match=f"does not fit this version of hllm: .*{named}"):
+        from_plain(stored)
 
 
 @pytest.mark.parametrize("change", [{"user": {}}, {"seed": "many"}, {"left_over": 1}, {"loss": {"name": "ce", "x": 1}}])

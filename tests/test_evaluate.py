@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import Run
 
+from hllm.embed import embed_checkpoint
 from hllm.errors import CheckpointError, ConfigError
 from hllm.evaluate import checkpoint_config, load_checkpoint, main
+from hllm.export import main as export
+from hllm.recommend import main as recommend
 from hllm.resume import differences
 
 
@@ -104,6 +107,26 @@ def test_another_programs_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of hllm"):
         load_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_checkpoints_weights_are_mapped_and_not_read(tmp_path: Path) -> None:
+    path, marked = tmp_path / "best.ckpt", torch.full((1 << 16,), 1.25)
+    torch.save({"hyper_parameters": {"config": {}}, "weights": marked}, path)
+    checkpoint = load_checkpoint(path)
+    content, old = path.read_bytes(), marked.numpy().tobytes()
+    with path.open("r+b") as file:  # in place: what was read before would not change
+        file.write(content.replace(old, torch.full((1 << 16,), 2.5).numpy().tobytes()))
+    assert (checkpoint["weights"] == 2.5).all()
+
+
+@pytest.mark.parametrize("command", [main, recommend, embed_checkpoint, export])
+def test_a_folder_is_refused_as_one(
+    command: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["user=1"] if command is recommend else [f"out={tmp_path / 'out'}"] if command is export else []
+    message = fails([f"ckpt={tmp_path}", *more], capsys, command)
+    assert f"ckpt={tmp_path}: is a folder" in message
+    assert "deepspeed" in message
 
 
 class _Runs:

@@ -268,13 +268,31 @@ def test_values_are_quoted_for_hydra(value: object, expected: str) -> None:
     assert quoted(value) == expected
 
 
-def test_a_projector_becomes_an_adaptor_of_stage_twos_own(
+def test_stage_two_begins_with_the_projector_of_joint_training(
     run_training: Callable[..., Run], stage_two: Callable[..., tuple[Run, list[str]]]
 ) -> None:
     joint = run_training("items=llm", "trainer.max_epochs=1")
-    run, flags = stage_two(joint, "trainer.max_epochs=1")
-    assert {"items.adaptor=linear", "user=transformer", "user.dim=16"} <= set(flags)
-    assert load_checkpoint(run.best)["state_dict"]["items.adaptor.1.weight"].shape == (16, 32)
+    run, flags = stage_two(joint, "trainer.max_epochs=1", "optimizer.lr=1e-12")
+    adaptor = {"items.transform=raw", "items.adaptor=linear"}
+    assert adaptor | {"user=transformer", "user.dim=16"} <= set(flags)
+    first, second = (load(each) for each in (joint, run))
+    history = first.history_of_titles(["3", "4", "5"])
+    with torch.no_grad():
+        expected = first.module.scores(history)
+        torch.testing.assert_close(second.module.scores(history), expected, atol=1e-4, rtol=0)
+    assert run.evaluation.results["test"]["all"] == pytest.approx(joint.evaluation.results["test"]["all"])
+
+
+@pytest.mark.parametrize("adaptor", ["transform=whiten", "adaptor=mlp"])
+def test_a_projector_is_no_adaptor_of_another_form(
+    run_training: Callable[..., Run], stage_two: Callable[..., tuple[Run, list[str]]], adaptor: str
+) -> None:
+    joint = run_training("items=llm", "trainer.max_epochs=1")
+    run, _ = stage_two(joint, "trainer.max_epochs=1", "optimizer.lr=1e-12", f"items.{adaptor}")
+    projector = load_checkpoint(joint.best)["state_dict"]["items.projector.weight"]
+    items = [tensor for name, tensor in load_checkpoint(run.best)["state_dict"].items() if name.startswith("items.")]
+    assert items
+    assert not any(tensor.shape == projector.shape and torch.allclose(tensor, projector) for tensor in items)
 
 
 def test_the_export_is_made_once_and_swept_after_a_kill(

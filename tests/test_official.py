@@ -204,6 +204,11 @@ def test_a_missing_file_is_named_before_the_data_is_read(run_config: Callable[..
         write_checkpoint(run_config(*JOINT), tmp_path)
 
 
+def test_a_folder_is_refused_as_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^init=.*: is a folder; .*deepspeed"):
+        read_weights(tmp_path)
+
+
 class _Runs:
     """Creates a file when it is unpickled."""
 

@@ -9,19 +9,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import Run
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hllm.build import build_datamodule
 from hllm.config import Config
 from hllm.data.shards import write_shards
 from hllm.disk import TEMPORARY
 from hllm.errors import CheckpointError
+from hllm.evaluate import load_checkpoint
 from hllm.module import Recommender
-from hllm.resume import WholeCheckpoints
+from hllm.resume import LastCheckpoint, WholeCheckpoints
 from hllm.train import train
 
 FLAGS = ("items=id", "loss=nce", "user.dropout=0.2", "dataset.batch_size=4", "trainer.max_epochs=2")
@@ -229,6 +233,30 @@ def test_a_best_checkpoint_that_last_knows_nothing_of_is_forgotten(
     unbroken = run_training(*FLAGS)
     ckpt.with_name("best.ckpt").write_bytes(unbroken.best.read_bytes())
     assert_same_end(run_training(*FLAGS, f"ckpt={ckpt}").folder, unbroken.folder, 6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_many_processes_copies_the_checkpoints(first: bool, killed: Callable[..., Path], tmp_path: Path) -> None:
+    ckpt, folder = killed(1, 2), tmp_path / "again"
+    best = ModelCheckpoint(dirpath=folder)  # the folder of all; a process may have been given another
+    trainer: Any = SimpleNamespace(
+        checkpoint_callbacks=[best], state=SimpleNamespace(fn=TrainerFn.FITTING), is_global_zero=first
+    )
+    checkpoint = load_checkpoint(ckpt)
+    model: Any = None
+    LastCheckpoint(tmp_path / "own" / "last.ckpt", None, ckpt).on_load_checkpoint(trainer, model, checkpoint)
+    (state,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    assert state["best_model_path"] == str(folder / "best.ckpt")
+    assert state["dirpath"] == best.dirpath
+    copies = {path.name: path.read_bytes() for path in folder.glob("*")}
+    assert copies == ({name: ckpt.with_name(name).read_bytes() for name in ("best.ckpt", "last.ckpt")} if first else {})
+
+
+def test_a_run_goes_on_in_its_own_folder(killed: Callable[..., Path], run_config: Callable[..., Config]) -> None:
+    ckpt = killed(1, 2)
+    train(run_config(*FLAGS, f"ckpt={ckpt}"), ckpt.parent.parent)
+    assert torch.load(ckpt, weights_only=True)["epoch"] == 1
+    assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_resuming_under_another_config_names_the_keys(stopped_run: Run, run_trai
     message = r"last\.ckpt belongs to another config: seed was 0, now 1; user\.num_layers was 1, now 2$"
     with pytest.raises(CheckpointError, match=message):
         run_training("items=id", f"ckpt={stopped_run.last}", "user.num_layers=2", "seed=1")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(
+    stopped_run: Run, id_run: Run, run_training: Callable[..., Run], tmp_path: Path
+) -> None:
+    checkpoint = torch.load(stopped_run.last, weights_only=True)
+    config = checkpoint["hyper_parameters"]["config"]
+    del config["dataset"]["eval_history"], config["loss"]["chunk_size"], config["callbacks"]["collapse_patience"]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    shutil.copy(stopped_run.best, tmp_path)
+    again = run_training("items=id", f"ckpt={tmp_path / 'last.ckpt'}")
+    assert again.evaluation.results == id_run.evaluation.results
+
+
+def test_a_folder_is_not_resumed(stopped_run: Run, run_training: Callable[..., Run]) -> None:
+    with pytest.raises(CheckpointError, match=r"ckpt=.*checkpoints: is a folder; .*deepspeed"):
+        run_training("items=id", f"ckpt={stopped_run.last.parent}")
 
 
 @pytest.mark.parametrize("content", [b"", b"torn", None])
