@@ -38,8 +38,13 @@ SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_
 
 
 def pytest_configure() -> None:
-    """One thread a worker, and in the processes it starts: tiny models gain nothing from more, and workers collide."""
+    """One thread a worker, and in the processes it starts: tiny models gain nothing from more, and workers collide.
+
+    And one port a worker for processes that meet: below those that the system hands out, where a port that Lightning
+    finds free may be taken before it is used.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
     torch.set_num_threads(1)
 
 

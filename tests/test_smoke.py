@@ -69,6 +69,7 @@ def test_every_experiment_runs_two_steps(name: str, run_config: Callable[..., Co
     data = ["dataset=movielens_100k", "trainer.devices=1", "trainer.num_nodes=1", "loss.num_negatives=20"]
     short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "evaluation.ks=[10]"]
     metric = ["callbacks.monitor=val/ndcg@10", "optimized_metric=val/ndcg@10"]
-    given = [f"experiment={name}", *towers, *data, *short, *metric]
+    layers = [] if own.llm.num_layers is None else ["llm.num_layers=1"]  # the tiny model has two
+    given = [f"experiment={name}", *towers, *data, *short, *metric, *layers]
     config = run_config(*(flag for flag in given if own.loss.name != "ce" or not flag.startswith("loss.")))
     assert train(config, tmp_path).results["test"]["all"]["users"] == 40

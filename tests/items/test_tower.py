@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
+from hllm.errors import ConfigError
 from hllm.items.store import ItemTable
 from hllm.items.tower import CachedItems, IdItems, fit_transform, mean_cosine
 
@@ -85,12 +86,30 @@ def test_whitening_tells_items_apart(vectors: Tensor) -> None:
     assert abs(statistics["mean_cosine"]) < 0.05
 
 
-@pytest.mark.parametrize("adaptor", Adaptor)
+@pytest.mark.parametrize("adaptor", [Adaptor.linear, Adaptor.mlp])
 def test_vectors_come_for_the_asked_ids_in_their_order(vectors: Tensor, adaptor: Adaptor) -> None:
     items = tower(vectors, adaptor=adaptor)
     ids = torch.tensor([7, 1, ITEMS])
     torch.testing.assert_close(items(ids), items.all()[ids - 1])
     assert items.all().shape == (ITEMS, 4)
+
+
+def test_without_transform_and_adaptor_vectors_are_the_stored_ones(vectors: Tensor) -> None:
+    items = CachedItems(CachedItemsConfig(name="cached", transform=Transform.raw, adaptor=Adaptor.none), dim=WIDTH)
+    items.attach(table(vectors))
+    assert torch.equal(items.all(), vectors)
+    assert not list(items.parameters())
+
+
+def test_without_adaptor_the_widths_must_be_equal(vectors: Tensor) -> None:
+    with pytest.raises(ConfigError, match=f"items.adaptor=none: the vectors are {WIDTH} wide, the user model 4;"):
+        tower(vectors, adaptor=Adaptor.none)
+
+
+def test_ids_in_another_width_are_mapped(vectors: Tensor) -> None:
+    items = IdItems(IdItemsConfig(name="id", dim=8), num_items=ITEMS, dim=4)
+    assert items.table.weight.shape == (ITEMS + 1, 8)
+    torch.testing.assert_close(items.all(), items.table.weight[1:] @ items.projector.weight.T)
 
 
 def test_a_linear_adaptor_is_one_affine_map(vectors: Tensor) -> None:
