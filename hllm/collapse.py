@@ -3,6 +3,7 @@
 Both look only at steps that are logged: reading a number off a GPU makes it wait.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hllm.items.tower import mean_cosine
 from hllm.module import Recommender
 
 
-class LoggedSteps(L.Callback):
+class LoggedSteps(L.Callback, ABC):
     """Calls ``look`` after each optimizer step that Lightning logs, in all processes."""
 
     def __init__(self, config: Config) -> None:
@@ -36,9 +37,9 @@ class LoggedSteps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last = trainer.global_step
 
+    @abstractmethod
     def look(self, trainer: L.Trainer, module: Recommender, loss: Tensor) -> None:
         """The () loss is of this process alone."""
-        raise NotImplementedError
 
 
 class FiniteLoss(LoggedSteps):

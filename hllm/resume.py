@@ -84,9 +84,13 @@ class LastCheckpoint(Checkpoint):
         # the last batch is followed by the validation and the checkpoint of the epoch
         within = not (trainer.is_last_batch or trainer.should_stop)
         if self.every_steps and stepped and within and trainer.global_step % self.every_steps == 0:
-            trainer.save_checkpoint(self.path, weights_only=False)
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        # with the optimizer too; this says what is written, and files are only ever read as plain tensors
         trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -34,6 +34,14 @@ from hllm.evaluate import Evaluation
 from hllm.train import train
 
 WORDS = [f"word{number}" for number in range(40)]
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+"Of every tiny model."
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
@@ -91,14 +99,7 @@ def save_llama() -> Callable[..., Path]:
     def save(folder: Path, template: str = "$A", padding_side: str = "right", dim: int = 32) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=64,
-                hidden_size=dim,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-            )
+            config = LlamaConfig(hidden_size=dim, **SIZES)
             return _save(LlamaModel(config), _tokenizer(template, SPECIALS, padding_side), folder)
 
     return save
@@ -114,14 +115,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specials = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
+        config = BertConfig(hidden_size=32, **SIZES)
         tokenizer = _tokenizer("[CLS] $A [SEP]", specials, "right")
         return _save(BertModel(config), tokenizer, tmp_path_factory.mktemp("llm") / "bert")
 
@@ -146,16 +140,7 @@ def tiny_family(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         make_config, make_model, options = kinds[family]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = make_config(
-                vocab_size=64,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                **options,
-            )
+            config = make_config(hidden_size=32, num_key_value_heads=2, **SIZES, **options)
             if family == "qwen2":  # its folders are read by this class whatever they say: a token a letter here
                 letters = [*SPECIALS.values(), *"abcdefghijklmnopqrstuvwxyzC0123456789:Ġ"]
                 tokenizer = Qwen2Tokenizer(vocab={text: number for number, text in enumerate(letters)}, merges=[])

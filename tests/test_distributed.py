@@ -1,6 +1,5 @@
 """Two real processes do what one does: gradients, negatives, catalogue, metrics, checkpoints, under each strategy."""
 
-import importlib.util
 import json
 import multiprocessing
 import time
@@ -402,9 +401,9 @@ def test_more_devices_mean_ddp_that_sends_no_buffers() -> None:
         assert chosen._ddp_kwargs == {"broadcast_buffers": False}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is here")
 @pytest.mark.parametrize("name", ["deepspeed_stage_2", "deepspeed_stage_3"])
-def test_deepspeed_that_is_not_there_is_named(name: str) -> None:
+def test_deepspeed_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(
         ConfigError, match=rf"^trainer\.strategy={name}: needs deepspeed; pip install hllm\[deepspeed\]$"
     ):

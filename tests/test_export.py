@@ -193,6 +193,16 @@ def stage_two(
     return trained
 
 
+def assert_alike(joint: Run, stage_two: Run) -> None:
+    """Scores of one history, and all test metrics."""
+    first, second = (load(each) for each in (joint, stage_two))
+    history = first.history_of_titles(["3", "4", "5"])
+    with torch.no_grad():
+        expected = first.module.scores(history)
+        torch.testing.assert_close(second.module.scores(history), expected, atol=1e-4, rtol=0)
+    assert stage_two.evaluation.results["test"]["all"] == pytest.approx(joint.evaluation.results["test"]["all"])
+
+
 def test_stage_two_begins_where_joint_training_ended(
     joint_run: Run, stage_two: Callable[..., tuple[Run, list[str]]]
 ) -> None:
@@ -201,12 +211,7 @@ def test_stage_two_begins_where_joint_training_ended(
     for name, tensor in after.items():
         if not name.startswith("items."):
             torch.testing.assert_close(tensor, before[name])
-    first, second = (load(each) for each in (joint_run, run))
-    history = first.history_of_titles(["3", "4", "5"])
-    with torch.no_grad():
-        expected = first.module.scores(history)
-        torch.testing.assert_close(second.module.scores(history), expected, atol=1e-4, rtol=0)
-    assert run.evaluation.results["test"]["all"] == pytest.approx(joint_run.evaluation.results["test"]["all"])
+    assert_alike(joint_run, run)
 
 
 def test_the_vectors_in_the_store_are_the_live_towers(joint_run: Run) -> None:
@@ -275,12 +280,7 @@ def test_stage_two_begins_with_the_projector_of_joint_training(
     run, flags = stage_two(joint, "trainer.max_epochs=1", "optimizer.lr=1e-12")
     adaptor = {"items.transform=raw", "items.adaptor=linear"}
     assert adaptor | {"user=transformer", "user.dim=16"} <= set(flags)
-    first, second = (load(each) for each in (joint, run))
-    history = first.history_of_titles(["3", "4", "5"])
-    with torch.no_grad():
-        expected = first.module.scores(history)
-        torch.testing.assert_close(second.module.scores(history), expected, atol=1e-4, rtol=0)
-    assert run.evaluation.results["test"]["all"] == pytest.approx(joint.evaluation.results["test"]["all"])
+    assert_alike(joint, run)
 
 
 @pytest.mark.parametrize("adaptor", ["transform=whiten", "adaptor=mlp"])

@@ -88,12 +88,12 @@ class LLMItems(HoldsLLM, ItemTower):
         rows: Array64 = ids.cpu().numpy() - 1
         work = divide(self.tokens.lengths[rows] + self._extra, self._budget(ids.device), world_size())
         parts = work.parts(rank())
+        own = rows[np.concatenate(parts)]
+        words = self._words(own, ids.device)
         if self.training:
-            own = rows[np.concatenate(parts)]
             self._counts = self._counts[0] + len(own), self._counts[1] + int(self.tokens.lengths[own].sum())
         if show_progress:  # on a terminal only
             parts = tqdm(parts, desc="items", unit="packs", leave=False, disable=None)
-        words = self._words(rows[np.unique(np.concatenate(work.parts(rank())))], ids.device)
         vectors = torch.cat([self._encode(rows[part], words) for part in parts])
         gathered = gather_vectors(vectors).flatten(0, 1)  # (W * m, E)
         wanted = gathered[torch.from_numpy(work.places).to(ids.device)]
