@@ -5,6 +5,7 @@ the vectors. N supervised positions (padding is dropped before), M candidates, I
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,13 @@ class Candidates:
     def offered(self) -> Tensor:
         """() negatives before any is masked."""
         return (self.negative if self.counts is None else self.negative * self.counts).sum()
+
+    def log_weights(self) -> Tensor | None:
+        """(M,) float32, what is added to a candidate's score where it is a negative; None where that is 0 for all."""
+        if self.counts is None and self.negative.all():
+            return None
+        counts = self.negative if self.counts is None else self.negative * self.counts
+        return counts.float().log()
 
 
 class Loss(nn.Module, ABC):
@@ -73,18 +81,35 @@ def softmax_loss(users: Tensor, items: Tensor, labels: Tensor, head: SimilarityH
         users: (N, D). items: (I, D). labels: (N,) rows of ``items``.
         chunk_size: positions scored at a time; bounds memory to chunk_size x I scores and does not change the loss.
     """
-    with torch.autocast(users.device.type, enabled=False):
-        scaled = head.prepare(users.float()) * head.scale()
-        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            scaled, head.prepare(items.float()), labels, chunk_size
-        )
-    return total / max(len(users), 1)
+    return _softmax(users, items, labels, head, chunk_size)[0]
 
 
 def default_chunk_size(num_items: int, device: torch.device) -> int:
     """Positions whose scores stay in a core's cache (2 MiB), or fill 1 GiB of a GPU; at least 64."""
     budget = 2**21 if device.type == "cpu" else 2**30
-    return max(budget // (4 * num_items), 64)
+    return max(budget // (4 * max(num_items, 1)), 64)
+
+
+Mask = Callable[[slice], Tensor]
+"(C, M) bool for C of the positions: what is no item of the softmax there; a position's label always is."
+
+
+def _softmax(
+    users: Tensor,
+    items: Tensor,
+    labels: Tensor,
+    head: SimilarityHead,
+    chunk_size: int,
+    log_weights: Tensor | None = None,
+    mask: Mask | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy, and (M,) at how many positions an item was masked."""
+    with torch.autocast(users.device.type, enabled=False):
+        scale = head.scale().to(head.score_dtype)
+        total, masked = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            head.prepare(users.to(head.score_dtype)) * scale, head.table(items), labels, chunk_size, log_weights, mask
+        )
+    return (total / max(len(users), 1)).to(head.score_dtype), masked
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -94,32 +119,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
     it is 1.4 times as fast as ``F.cross_entropy(users @ items.T)`` over 1,682 items and 1.9 times over 12,000, on a
     CPU. The idea is that of Liger's fused linear cross entropy (arXiv 2410.10989). torch has one of its own from
     2.13 on; hllm supports 2.11.
+
+    ``log_weights`` (M,) are added to the scores of items that are not the label. Softmax and sums are in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        items: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        log_weights: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor, Tensor]:
         users_grad, items_grad = torch.empty_like(users), torch.zeros_like(items)
-        total = users.new_zeros(())
+        total, masked = torch.zeros((), device=users.device), torch.zeros_like(items[:, 0], dtype=torch.int64)
         for begin in range(0, len(users), chunk_size):
-            chunk = users[begin : begin + chunk_size]  # (C, D)
-            label = labels[begin : begin + chunk_size, None]  # (C, 1)
-            scores = chunk @ items.T  # (C, I)
-            target_score, largest = scores.gather(1, label), scores.amax(1, keepdim=True)
+            part = slice(begin, begin + chunk_size)
+            chunk, label = users[part], labels[part, None]  # (C, D), (C, 1)
+            scores = (chunk @ items.T).float()  # (C, I)
+            target_score = scores.gather(1, label)
+            if log_weights is not None:
+                scores += log_weights
+            if mask is not None:
+                left_out = mask(part).scatter(1, label, False)
+                scores.masked_fill_(left_out, float("-inf"))
+                masked += left_out.sum(0)
+            if log_weights is not None:
+                scores.scatter_(1, label, target_score)
+            largest = scores.amax(1, keepdim=True)
             scores_grad = scores.sub_(largest).exp_()  # in place from here on: each pass over (C, I) costs
             norm = scores_grad.sum(1, keepdim=True)
             total += (norm.log() + largest - target_score).sum()
             scores_grad.div_(norm)
             scores_grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=scores.dtype))
-            torch.mm(scores_grad, items, out=users_grad[begin : begin + chunk_size])
+            scores_grad = scores_grad.to(items.dtype)
+            torch.mm(scores_grad, items, out=users_grad[part])
             items_grad.addmm_(scores_grad.T, chunk)
         ctx.save_for_backward(users_grad, items_grad)
-        return total
+        ctx.mark_non_differentiable(masked)
+        return total, masked
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
         users_grad, items_grad = ctx.saved_tensors
-        return users_grad * grad, items_grad * grad, None, None
+        return users_grad * grad, items_grad * grad, None, None, None, None
 
 
 def info_nce_loss(
@@ -137,6 +183,8 @@ def info_nce_loss(
     and never a negative of itself. The official code masks by cosine > 0.99 instead, which loses all negatives when
     item vectors collapse; ``similarity_threshold`` does so in addition.
 
+    Where all candidates are negatives and count once, this is the softmax over them, at no further cost.
+
     Args:
         users: (N, D). items: (M, D) vectors of ``candidates.ids``. targets: (N,) ids.
         excluded: (N, M) bool, candidates that are no negatives of a position.
@@ -146,22 +194,28 @@ def info_nce_loss(
         ``nce_samples`` less one, which is the positive.
     """
     labels = torch.searchsorted(candidates.ids, targets)  # (N,)
-    is_target = candidates.ids == targets[:, None]  # (N, M)
-    negative = candidates.negative & ~is_target
-    if excluded is not None:
-        negative = negative & ~excluded
-    if similarity_threshold is not None:
-        with torch.no_grad(), torch.autocast(users.device.type, enabled=False):
-            directions = F.normalize(items.to(head.score_dtype), dim=-1, eps=1e-6)
-            negative = negative & (directions[labels] @ directions.T <= similarity_threshold)
-    scores = head(users, items)
-    counts = negative.float()
-    if candidates.counts is not None:
-        counts = counts * candidates.counts
-        scores = scores + torch.where(is_target, 0, candidates.counts.clamp(min=1).log().to(scores.dtype))
-    scores = scores.masked_fill(~(negative | is_target), float("-inf"))
-    loss = F.cross_entropy(scores, labels, reduction="sum") / max(len(labels), 1)
-    return loss, counts.sum() / max(len(labels), 1)
+    mask = _mask(items, labels, head, excluded, similarity_threshold)
+    chunk_size = default_chunk_size(len(items), items.device)
+    loss, masked = _softmax(users, items, labels, head, chunk_size, candidates.log_weights(), mask)
+    counts = candidates.negative.long() if candidates.counts is None else candidates.negative * candidates.counts
+    negatives = len(labels) * counts.sum() - counts[labels].sum() - (masked * counts).sum()
+    return loss, negatives.float() / max(len(labels), 1)
+
+
+def _mask(
+    items: Tensor, labels: Tensor, head: SimilarityHead, excluded: Tensor | None, similarity_threshold: float | None
+) -> Mask | None:
+    """What is no negative of a position by its row, or because it is too like the target."""
+    if similarity_threshold is None:
+        return None if excluded is None else excluded.__getitem__
+    with torch.no_grad(), torch.autocast(items.device.type, enabled=False):
+        directions = F.normalize(items.to(head.score_dtype), dim=-1, eps=1e-6)
+
+    def alike(part: slice) -> Tensor:
+        found = directions[labels[part]] @ directions.T > similarity_threshold
+        return found if excluded is None else found | excluded[part]
+
+    return alike
 
 
 class CrossEntropyLoss(Loss):
