@@ -172,6 +172,30 @@ class TimeReference(Enum):
     end = "end"
 
 
+class Norm(Enum):
+    """Where a block's layer norms stand: before its sublayers, behind each residual, or as in SASRec's code."""
+
+    pre = "pre"
+    post = "post"
+    query = "query"
+
+
+class Activation(Enum):
+    """Between the two matrices of a feed-forward layer; swiglu is silu(a) * b of a first matrix twice as wide."""
+
+    gelu = "gelu"
+    relu = "relu"
+    silu = "silu"
+    swiglu = "swiglu"
+
+
+class HistoryPositions(Enum):
+    """What positions count from: the row's first event as 0, or its last as the highest."""
+
+    first = "first"
+    last = "last"
+
+
 class Similarity(Enum):
     dot = "dot"
     cosine = "cosine"
@@ -674,6 +698,21 @@ class TransformerConfig(UserConfig):
     num_heads: int = 2
     ffn_dim: int | None = None
     "Width inside the feed-forward layers; unset is 4 x dim."
+    ffn_bias: bool = True
+    activation: Activation = Activation.gelu
+    norm: Norm = Norm.pre
+    "pre: on what a sublayer reads; post: on its sum with the residual; query: on queries and residual, not on keys."
+    norm_eps: float = 1e-5
+    input_norm: bool = False
+    "A layer norm on item vectors and positions, before the first dropout."
+    final_norm: bool = True
+    "A layer norm behind the last block; one of norm=post ends with a norm anyway."
+    gates: bool = False
+    "What a sublayer adds is weighed by sigmoid(W x + b) of its block's x (LiGR, arXiv 2502.03417)."
+    scale_inputs: bool = False
+    "Item vectors times the root of dim, before positions are added (SASRec)."
+    positions: HistoryPositions = HistoryPositions.first
+    "first: appending an event changes no earlier output; last: as in code that pads on the left."
     dropout: float = 0.2
     "On inputs and before each residual."
     attention_dropout: float = 0.0
@@ -695,6 +734,7 @@ class TransformerConfig(UserConfig):
         )
         if self.ffn_dim is not None:
             _at_least("user.ffn_dim", self.ffn_dim, 1)
+        _require(self.norm_eps > 0, "user.norm_eps", self.norm_eps, "must be above 0")
         _fraction("user.dropout", self.dropout)
         _fraction("user.attention_dropout", self.attention_dropout)
         _at_least("user.num_time_buckets", self.num_time_buckets, 2)

@@ -1,40 +1,96 @@
-"""Causal pre-norm transformer over item vectors: the user tower of the light HLLM, and of SASRec on id vectors.
+"""Causal transformer over item vectors: the user tower of the light HLLM, and of SASRec and eSASRec on id vectors.
 
 Rows hold real events first and padding behind them, so the causal mask alone keeps padding unseen and attention stays
-on the fused causal kernels. Departures from SASRec (arXiv 1808.09781): norm before each sublayer and once more at the
-end, GELU, inner width 4 D.
+on the fused causal kernels. As configured by default: norm before each sublayer and once more at the end, GELU, inner
+width 4 D. The presets (``conf/user``, docs/baselines.md has the equations):
 
-B users, L history length, H heads, D width.
+- ``sasrec``: ReLU, inner width D, item vectors times sqrt(D) (arXiv 1808.09781). The paper's text has the norm before
+  each sublayer; its code, which this follows, goes on with what came out of the norm: post-norm, but for keys and
+  values, which are read before it. That code has no output matrix behind attention, drops attention weights and inside
+  the feed-forward layers too, and counts positions from the row's end.
+- ``sasrec_bytedance``: as HLLM's official code has it, BERT's blocks with an inner width of D.
+- ``esasrec``: LiGR's gates and SwiGLU, as RecTools has them; there dropout also stands inside the feed-forward layers.
+
+B users, L history length, H heads, D width, F inner width.
 """
 
+import math
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.config import TimeBuckets, TransformerConfig
+from hllm.config import Activation, HistoryPositions, Norm, TimeBuckets, TransformerConfig
 from hllm.users.position import RelativePositionBias, TimeEmbedding
 
 
+class SwiGLU(nn.Module):
+    """(..., 2 F) -> (..., F): the silu of the first half times the second (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    Activation.gelu: nn.GELU,
+    Activation.relu: nn.ReLU,
+    Activation.silu: nn.SiLU,
+    Activation.swiglu: SwiGLU,
+}
+
+
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normed input and added back to it."""
+    """Attention and feed-forward, each added to the residual and weighed by a gate g, sigmoid(W x + b) or 1.
+
+    pre: x + g(x) * f(norm(x)). post: norm(x + g(x) * f(x)). query: n + g(n) * f(n), n = norm(x), where keys and values
+    are of x.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim, inner = config.dim, config.ffn_dim or 4 * config.dim
-        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.num_heads, self.dropout, self.norm = config.num_heads, config.dropout, config.norm
         self.attention_dropout = config.attention_dropout
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = nn.LayerNorm(dim, config.norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
+        self.ffn_norm = nn.LayerNorm(dim, config.norm_eps)
+        wide = 2 * inner if config.activation is Activation.swiglu else inner
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, wide, config.ffn_bias),
+            ACTIVATIONS[config.activation](),
+            nn.Linear(inner, dim, config.ffn_bias),
+        )
+        self.attention_gate = nn.Linear(dim, dim) if config.gates else None
+        self.ffn_gate = nn.Linear(dim, dim) if config.gates else None
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, L, D), additive bias (H, L, L) with the causal mask in it, or none -> (B, L, D)."""
-        x = x + F.dropout(self.out(self._attend(self.attention_norm(x), bias)), self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        read = x if self.norm is Norm.post else self.attention_norm(x)
+        attended = self.out(self._attend(read, x if self.norm is Norm.query else read, bias))
+        x = self._add(read if self.norm is Norm.query else x, attended, self.attention_norm, self.attention_gate)
+        read = x if self.norm is Norm.post else self.ffn_norm(x)
+        return self._add(read if self.norm is Norm.query else x, self.ffn(read), self.ffn_norm, self.ffn_gate)
 
-    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+    def _add(self, residual: Tensor, update: Tensor, norm: nn.Module, gate: nn.Module | None) -> Tensor:
+        """(B, L, D) both -> (B, L, D)."""
+        update = F.dropout(update, self.dropout, self.training)
+        if gate is not None:
+            update = update * gate(residual).sigmoid()
+        x = residual + update
+        return norm(x) if self.norm is Norm.post else x
+
+    def _attend(self, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+        if keys is queries:
+            qkv = self.qkv(queries)
+        else:
+            dim = queries.shape[-1]
+            weights, biases = self.qkv.weight, self.qkv.bias
+            own, others = F.linear(queries, weights[:dim], biases[:dim]), F.linear(keys, weights[dim:], biases[dim:])
+            qkv = torch.cat([own, others], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, is_causal=bias is None, dropout_p=self.attention_dropout if self.training else 0.0
         )
@@ -44,7 +100,8 @@ class Block(nn.Module):
 class UserTransformer(nn.Module):
     """History of item vectors -> a user vector at every event, which predicts the item that follows.
 
-    Positions are counted from the row's oldest event, so that appending an event changes no earlier output.
+    Positions are counted from the row's oldest event, so that appending an event changes no earlier output; or, with
+    ``positions=last``, such that the newest is the last of the table: what code sees that pads rows on the left.
 
     Args:
         config: the user group.
@@ -53,7 +110,8 @@ class UserTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, max_history: int) -> None:
         super().__init__()
-        self.max_history = max_history
+        self.max_history, self.from_last = max_history, config.positions is HistoryPositions.last
+        self.input_scale = math.sqrt(config.dim) if config.scale_inputs else 1.0
         self.position = nn.Embedding(max_history, config.dim)
         self.time = (
             TimeEmbedding(config.time_buckets, config.time_reference, config.num_time_buckets, config.dim)
@@ -61,9 +119,10 @@ class UserTransformer(nn.Module):
             else None
         )
         self.bias = RelativePositionBias(max_history, config.num_heads) if config.relative_position_bias else None
+        self.input_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.input_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.apply(_init_weights)
 
     def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor) -> Tensor:
@@ -79,20 +138,31 @@ class UserTransformer(nn.Module):
         """
         length = x.shape[1]
         assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
-        x = x + self.position.weight[:length]
+        if self.input_scale != 1:
+            x = x * self.input_scale
+        x = x + self._positions(mask)
         if self.time is not None:
             x = x + self.time(timestamps, mask)
-        x = self.dropout(x)
+        x = self.dropout(self.input_norm(x))
         bias = self.bias(length).to(x.dtype) if self.bias is not None else None
         for block in self.blocks:
             x = block(x, bias)
         normed: Tensor = self.norm(x)
         return normed
 
+    def _positions(self, mask: Tensor) -> Tensor:
+        """(B, L) -> (L, D), or (B, L, D) counted from each row's end."""
+        length = mask.shape[1]
+        if not self.from_last:
+            return self.position.weight[:length]
+        index = torch.arange(length, device=mask.device) + self.max_history - mask.sum(1, keepdim=True)  # (B, L)
+        embedded: Tensor = self.position(index.clamp(max=self.max_history - 1))
+        return embedded
+
 
 def _init_weights(module: nn.Module) -> None:
     """N(0, 0.02) for matrices and tables, zero biases, as GPT-2 and the official HLLM's own parameters."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

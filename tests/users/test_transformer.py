@@ -107,7 +107,7 @@ def test_relative_bias_equals_attention_written_out(history: tuple[Tensor, Tenso
     q, k, v = (part.unflatten(-1, (2, DIM // 2)) for part in block.qkv(x).chunk(3, dim=-1))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(DIM / 2) + model.bias(LENGTH)
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
-    torch.testing.assert_close(block._attend(x, model.bias(LENGTH)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block._attend(x, x, model.bias(LENGTH)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_acts_in_training_only(history: tuple[Tensor, Tensor, Tensor]) -> None:
