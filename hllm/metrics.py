@@ -44,6 +44,21 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor,
     return higher.float() + tied.float() / 2, tied
 
 
+def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> Tensor:
+    """(B,) mid-ranks -> (B, M) float64 metrics, in the order of ``EvaluationConfig.metric_names``."""
+    ranks = ranks.double()
+    hits = ranks[:, None] < torch.tensor(list(ks), device=ranks.device)  # (B, K)
+    gains = hits / torch.log2(ranks + 2)[:, None]
+    return torch.cat([torch.stack([hits, gains], dim=2).flatten(1), 1 / (ranks + 1)[:, None]], dim=1)
+
+
+def group_labels(edges: Sequence[int], first: int = 0) -> list[str]:
+    """Names of the groups that increasing edges make of whole numbers from ``first`` on: '0', '1-9', '10+'."""
+    starts, ends = [first, *edges], [edge - 1 for edge in edges]
+    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=False)]
+    return [*spans, f"{edges[-1]}+"]
+
+
 class RankingMetrics(Metric):
     """Sums of the metrics over users, kept apart by how often the target was seen in training; exact under DDP.
 
@@ -70,10 +85,7 @@ class RankingMetrics(Metric):
 
     def update(self, ranks: Tensor, ties: Tensor, target_counts: Tensor) -> None:
         """(B,) mid-ranks and ties as ``target_ranks`` gives them; (B,) occurrences of the targets in training."""
-        ranks = ranks.double()
-        hits = ranks[:, None] < torch.tensor(self.ks, device=ranks.device)  # (B, K)
-        gains = hits / torch.log2(ranks + 2)[:, None]
-        values = torch.cat([torch.stack([hits, gains], dim=2).flatten(1), 1 / (ranks + 1)[:, None]], dim=1)
+        values = rank_metrics(ranks, self.ks)
         group = torch.bucketize(target_counts, torch.tensor(self.edges, device=ranks.device), right=True)
         # a product, because adding by index is not deterministic on a GPU
         self.sums += F.one_hot(group, len(self.users)).double().T @ values
@@ -92,16 +104,10 @@ class RankingMetrics(Metric):
                 "ties": float(self.ties.float() / self.users.sum()),
             }
         }
-        for label, sums, users in zip(self.labels(), self.sums, self.users, strict=True):
+        for label, sums, users in zip(group_labels(self.edges), self.sums, self.users, strict=True):
             if users > 0:
                 table[label] = self._means(sums, users)
         return table
 
     def _means(self, sums: Tensor, users: Tensor) -> dict[str, float]:
         return {"users": int(users), **dict(zip(self.names, (sums / users).tolist(), strict=True))}
-
-    def labels(self) -> list[str]:
-        """Names of the groups, by occurrences in training: '0', '1-9', '10-49', '50-199', '200+'."""
-        starts, ends = [0, *self.edges], [edge - 1 for edge in self.edges]
-        spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=False)]
-        return [*spans, f"{self.edges[-1]}+"]

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from hllm.metrics import RankingMetrics, target_ranks
+from hllm.metrics import RankingMetrics, group_labels, target_ranks
 
 KS, EDGES = [1, 3, 10], [1, 4]
 Results = dict[str, dict[str, float]]
@@ -139,7 +139,7 @@ def test_groups_without_users_are_left_out(case: tuple[Tensor, Tensor, Tensor, T
 
 
 def test_groups_are_named_by_their_bounds() -> None:
-    assert RankingMetrics([10], [1, 2, 10, 50]).labels() == ["0", "1", "2-9", "10-49", "50+"]
+    assert group_labels([1, 2, 10, 50]) == ["0", "1", "2-9", "10-49", "50+"]
 
 
 def test_ties_are_the_share_of_users_with_one() -> None:
