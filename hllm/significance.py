@@ -65,8 +65,8 @@ def paired(
         raise ValueError(f"two systems are compared on the same users: shapes {a.shape} and {b.shape}")
     delta, counts = _by_user(a - b, users)
     low, high = _bootstrap(delta, counts, draws, seed)
-    means = (float(values.mean()) for values in (a, b, a - b))
-    return Paired(*means, low, high, _sign_flip(delta, draws, seed))
+    p = _sign_flip(delta, draws, seed)
+    return Paired(float(a.mean()), float(b.mean()), float((a - b).mean()), low, high, p)
 
 
 def user_interval(
