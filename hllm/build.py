@@ -22,6 +22,8 @@ from hllm.config import (
     CELossConfig,
     Config,
     Dtype,
+    FusedItemsConfig,
+    HSTUConfig,
     IdItemsConfig,
     LLMItemsConfig,
     LLMUserConfig,
@@ -41,7 +43,7 @@ from hllm.items.files import locate
 from hllm.items.llm import LLMItems
 from hllm.items.text import default_template
 from hllm.items.tokens import catalog_tokens
-from hllm.items.tower import CachedItems, IdItems, ItemTower
+from hllm.items.tower import CachedItems, FusedItems, IdItems, ItemTower
 from hllm.module import Recommender
 from hllm.throughput import Throughput
 from hllm.users.llm import UserLLM
@@ -100,7 +102,7 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
     if not read_weights:
         config = _drawn(config)
     users: nn.Module
-    if isinstance(config.user, TransformerConfig):
+    if isinstance(config.user, TransformerConfig | HSTUConfig):
         # items first: published numbers come from weights drawn in this order
         items = _build_items(config, datamodule, config.user.dim)
         users = get_class(config.user._target_)(config.user, config.dataset.max_history)
@@ -112,6 +114,7 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
     return Recommender(
         items=items,
         users=users,
+        user=config.user,
         head=SimilarityHead(config.head),
         loss=get_class(config.loss._target_)(config.loss),
         optimizer=config.optimizer,
@@ -150,6 +153,8 @@ def _load_models(config: Config) -> tuple[Any, tuple[Any, Any] | None]:
 
 def _build_items(config: Config, datamodule: DataModule, dim: int, loaded: tuple[Any, Any] | None = None) -> ItemTower:
     """``loaded`` is the Item LLM's body and tokenizer, where they are there already."""
+    if isinstance(config.items, FusedItemsConfig):
+        return FusedItems(config.items, dim, datamodule.train_counts)
     if isinstance(config.items, CachedItemsConfig):
         return CachedItems(config.items, dim)
     if isinstance(config.items, IdItemsConfig):

@@ -157,6 +157,13 @@ class Adaptor(Enum):
     mlp = "mlp"
 
 
+class TargetSide(Enum):
+    """What a history is scored against, of an item's text vector and its id vector."""
+
+    text = "text"
+    sum = "sum"
+
+
 class TimeBuckets(Enum):
     """How minutes between events become embedding rows."""
 
@@ -661,11 +668,46 @@ class CachedItemsConfig(ItemsConfig):
 
 
 @dataclass
+class FusedItemsConfig(CachedItemsConfig):
+    """Text vectors and a learned table of ids, summed (HLLM, arXiv 2409.12740, Table 12)."""
+
+    target: TargetSide = TargetSide.sum
+    "What a history is scored against: the sum, or the text's vector alone, as in the paper."
+    id_dropout: float = 0.0
+    "Share of items whose id vector is left out of a training step, so that users and texts learn to do without."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction("items.id_dropout", self.id_dropout)
+
+
+@dataclass
 class UserConfig:
     """Base of the user towers' schemas."""
 
     name: str = MISSING
     _target_: str = MISSING
+    time_features: bool = False
+    "Add to each item vector what the calendar says of its event: year to second (HLLM, Algorithm 1), in UTC."
+    time_feature_dim: int = 512
+    "Width of each of the six calendar tables."
+    time_gaps: bool = False
+    "Add to each item vector the time since the event before, in logarithmic buckets of seconds."
+    target_time: bool = False
+    "The time of the event to be predicted is known, as HSTU has it: all parts of the model that read times read it."
+    length_groups: int = 1
+    "Parts, by length, in which the model reads a batch, each padded to its own longest row; results do not depend."
+
+    def check_times(self, reads_times: bool) -> None:
+        """Raises ConfigError; ``reads_times`` tells whether the model has further inputs that are times."""
+        _at_least("user.time_feature_dim", self.time_feature_dim, 1)
+        _at_least("user.length_groups", self.length_groups, 1)
+        _require(
+            not self.target_time or self.time_features or self.time_gaps or reads_times,
+            "user.target_time",
+            self.target_time,
+            "nothing reads times: set user.time_features, user.time_gaps or, of user=hstu, user.relative_time_bias",
+        )
 
 
 @dataclass
@@ -681,6 +723,7 @@ class LLMUserConfig(UserConfig):
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
+        self.check_times(reads_times=False)
         if self.num_layers is not None:
             _at_least("user.num_layers", self.num_layers, 1)
         self.tuning.lora.check("user.tuning.lora")
@@ -723,21 +766,55 @@ class TransformerConfig(UserConfig):
     relative_position_bias: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("user.num_layers", self.num_layers, 1)
-        _at_least("user.dim", self.dim, 1)
-        _at_least("user.num_heads", self.num_heads, 1)
-        _require(
-            self.dim % self.num_heads == 0,
-            "user.num_heads",
-            self.num_heads,
-            f"must divide user.dim={self.dim}",
-        )
+        self.check_times(reads_times=False)
+        _check_shape(self.num_layers, self.dim, self.num_heads)
         if self.ffn_dim is not None:
             _at_least("user.ffn_dim", self.ffn_dim, 1)
         _require(self.norm_eps > 0, "user.norm_eps", self.norm_eps, "must be above 0")
         _fraction("user.dropout", self.dropout)
         _fraction("user.attention_dropout", self.attention_dropout)
         _at_least("user.num_time_buckets", self.num_time_buckets, 2)
+
+
+@dataclass
+class HSTUConfig(UserConfig):
+    """Hierarchical sequential transduction units (Zhai et al., arXiv 2402.17152)."""
+
+    num_layers: int = 2
+    dim: int = 64
+    "Width of the user model and of the space in which items are scored."
+    num_heads: int = 1
+    qk_dim: int | None = None
+    "Width of queries and keys, a head; unset is dim / num_heads."
+    v_dim: int | None = None
+    "Width of values and gates, a head; unset is dim / num_heads."
+    dropout: float = 0.2
+    "Before each residual."
+    input_dropout: float = 0.2
+    scale_inputs: bool = True
+    "Item vectors times the root of dim, before positions are added."
+    relative_position_bias: bool = True
+    "What attention adds for the distance of two events."
+    relative_time_bias: bool = True
+    "What attention adds for the time between two events, in logarithmic buckets."
+    num_time_buckets: int = 128
+
+    def __post_init__(self) -> None:
+        self.check_times(reads_times=self.relative_time_bias)
+        _check_shape(self.num_layers, self.dim, self.num_heads)
+        for name in ("qk_dim", "v_dim"):
+            if (width := getattr(self, name)) is not None:
+                _at_least(f"user.{name}", width, 1)
+        _fraction("user.dropout", self.dropout)
+        _fraction("user.input_dropout", self.input_dropout)
+        _at_least("user.num_time_buckets", self.num_time_buckets, 2)
+
+
+def _check_shape(num_layers: int, dim: int, num_heads: int) -> None:
+    _at_least("user.num_layers", num_layers, 1)
+    _at_least("user.dim", dim, 1)
+    _at_least("user.num_heads", num_heads, 1)
+    _require(dim % num_heads == 0, "user.num_heads", num_heads, f"must divide user.dim={dim}")
 
 
 @dataclass
@@ -976,6 +1053,12 @@ class Config:
                 "time from the end of the row tells early positions about the future; it needs "
                 "dataset.train_rows=prefixes, where only the last position is trained",
             )
+        _require(
+            self.user.length_groups == 1 or self.trainer.strategy in (Strategy.auto, Strategy.ddp),
+            "user.length_groups",
+            self.user.length_groups,
+            f"trainer.strategy={self.trainer.strategy.name} wants as many passes in each process: set 1",
+        )
         if isinstance(self.items, LLMItemsConfig):
             self._check_llm_items()
         _require(
@@ -1039,19 +1122,21 @@ class Config:
     @property
     def user_layers(self) -> str:
         """Layers of the user model, for names and tags."""
-        layers = self.user.num_layers if isinstance(self.user, LLMUserConfig | TransformerConfig) else None
+        layers = self.user.num_layers if isinstance(self.user, LLMUserConfig | TransformerConfig | HSTUConfig) else None
         return "all" if layers is None else str(layers)
 
     @property
     def system(self) -> str:
         """Short name of the system: what stands in tables beside the loss."""
-        plain = isinstance(self.user, TransformerConfig)
-        if isinstance(self.items, LLMItemsConfig):
-            return f"hllm-joint-{self.llm.name}" + ("-transformer" if plain else "")
-        if isinstance(self.items, CachedItemsConfig):
-            return f"hllm-{self.llm.name}" + ("" if plain else "-llm")
         user_llm = self.user_llm
-        return "sasrec" if user_llm is None else f"sasrec-{user_llm.name}"
+        if isinstance(self.items, LLMItemsConfig):
+            return f"hllm-joint-{self.llm.name}" + (f"-{self.user.name}" if user_llm is None else "")
+        if isinstance(self.items, CachedItemsConfig):
+            ids = "-ids" if isinstance(self.items, FusedItemsConfig) else ""
+            return f"hllm-{self.llm.name}{ids}" + ("" if self.user.name == "transformer" else f"-{self.user.name}")
+        if user_llm is not None:
+            return f"sasrec-{user_llm.name}"
+        return "sasrec" if self.user.name == "transformer" else self.user.name
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -1063,8 +1148,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sharded": ShardedConfig,
     },
     "llm": {"base": LLMConfig},
-    "items": {"id": IdItemsConfig, "cached": CachedItemsConfig, "llm": LLMItemsConfig},
-    "user": {"transformer": TransformerConfig, "llm": LLMUserConfig},
+    "items": {"id": IdItemsConfig, "cached": CachedItemsConfig, "fused": FusedItemsConfig, "llm": LLMItemsConfig},
+    "user": {"transformer": TransformerConfig, "hstu": HSTUConfig, "llm": LLMUserConfig},
     "loss": {"ce": CELossConfig, "nce": NCELossConfig},
 }
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from hllm.config import Decay, EvaluationConfig, OptimizerConfig, Schedule
+from hllm.config import Decay, EvaluationConfig, OptimizerConfig, Schedule, UserConfig
 from hllm.data.schema import Batch
 from hllm.distributed import (
     average_gradients,
@@ -32,6 +32,7 @@ from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import RankingMetrics, target_ranks
 from hllm.tuning import is_trained
+from hllm.users.time import EventTimes
 
 LLM_WEIGHTS = ("items.model.", "users.model.")
 "Beginnings of the names of language models' own weights, which optimizer.llm_lr is for."
@@ -42,7 +43,8 @@ class Recommender(L.LightningModule):
 
     Args:
         items: item tower, (n,) ids -> (n, D).
-        users: user tower, (B, L, D), mask, timestamps -> (B, L, D).
+        users: user tower, (B, L, D), mask, timestamps, target times or None -> (B, L, D).
+        user: its config.
         train_counts: (I + 1,) occurrences of each item in training: the popularity floor, and what metrics are
             broken down by.
         data_identity: what a checkpoint must share with the data it is used on, by name (fingerprint, protocol).
@@ -55,6 +57,7 @@ class Recommender(L.LightningModule):
         self,
         items: ItemTower,
         users: nn.Module,
+        user: UserConfig,
         head: SimilarityHead,
         loss: Loss,
         optimizer: OptimizerConfig,
@@ -66,6 +69,9 @@ class Recommender(L.LightningModule):
         super().__init__()
         self.save_hyperparameters({"config": hyperparameters})
         self.items, self.users, self.head, self.loss = items, users, head, loss
+        self.target_time, self.length_groups = user.target_time, user.length_groups
+        timed = user.time_features or user.time_gaps
+        self.times = EventTimes(user, items.dim) if timed else None
         self.optimizer_config, self.data_identity = optimizer, data_identity
         self.register_buffer("train_counts", train_counts, persistent=False)
         self.val_metrics, self.test_metrics, self.popularity_metrics = (
@@ -98,8 +104,22 @@ class Recommender(L.LightningModule):
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
         """User vectors at every event: (B, L, D), from the (n, D) vectors of the (n,) ascending ids of the batch."""
-        encoded: Tensor = self.users(_lookup(batch.items, ids, vectors), batch.mask, batch.timestamps)
-        return encoded
+        x = _lookup(batch.items, ids, vectors)
+        target_times = batch.target_times if self.target_time else None
+        if self.times is not None:
+            x = x + self.times(batch.timestamps, target_times)
+        if self.length_groups == 1:
+            whole: Tensor = self.users(x, batch.mask, batch.timestamps, target_times)
+            return whole
+        lengths = batch.mask.sum(1)
+        order = lengths.argsort()
+        parts = []
+        for rows in order.tensor_split(min(self.length_groups, len(order))):
+            columns = slice(int(lengths[rows[-1]]))
+            times = None if target_times is None else target_times[rows, columns]
+            part = self.users(x[rows, columns], batch.mask[rows, columns], batch.timestamps[rows, columns], times)
+            parts.append(F.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])))
+        return torch.cat(parts)[order.argsort()]
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         supervised = batch.targets > 0
@@ -108,10 +128,10 @@ class Recommender(L.LightningModule):
         ids = torch.cat([batch.items[batch.mask], candidates.ids]).unique()
         if self.items.collective:
             ids = gather_ids(ids).unique()
-        vectors = self.items(ids)
+        vectors, scored = self.items.sides(ids)
         users = self(batch, ids, vectors)[supervised]  # (N, D)
         excluded = _history_mask(batch, candidates.ids)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
-        items = _lookup(candidates.ids, ids, vectors)
+        items = _lookup(candidates.ids, ids, scored)
         loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded)
         # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
         weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)
@@ -126,18 +146,25 @@ class Recommender(L.LightningModule):
         return loss
 
     def scores(self, batch: Batch) -> Tensor:
-        """(B, I) score of every catalogue item after each history; item i + 1 in column i."""
+        """(B, I) score of every catalogue item after each history; item i + 1 in column i.
+
+        Where the tower knows an item by training only, those that were not in training stand below all others.
+        """
         vectors, table = self.catalogue()
         ids = torch.arange(1, len(vectors) + 1, device=vectors.device)
         encoded = self(batch, ids, vectors)
         last = batch.mask.sum(1) - 1
-        return self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table)
+        scores = self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table)
+        if not self.items.knows_cold:
+            # finite, so that they still stand above what is left out of a ranking, and tie with one another
+            scores = scores.masked_fill(self.train_counts[1 : len(table) + 1] == 0, torch.finfo(scores.dtype).min)
+        return scores
 
     def catalogue(self) -> tuple[Tensor, Tensor]:
         """(I, D) item vectors, for histories, and (I, D) as the head scores them; made once an evaluation."""
         if self._catalogue is None:
-            vectors = self.items.all()
-            self._catalogue = vectors, self.head.table(vectors)
+            vectors, scored = self.items.catalogue()
+            self._catalogue = vectors, self.head.table(scored)
         return self._catalogue
 
     def on_validation_epoch_start(self) -> None:
@@ -159,7 +186,8 @@ class Recommender(L.LightningModule):
         x = self.catalogue()[0][None, :1]  # (1, 1, D)
         with self.trainer.precision_plugin.forward_context():
             for _ in range(self._idle_batches):
-                self.users(x, x.new_ones(1, 1, dtype=torch.bool), x.new_zeros(1, 1, dtype=torch.int64))
+                times = x.new_zeros(1, 1, dtype=torch.int64)
+                self.users(x, x.new_ones(1, 1, dtype=torch.bool), times, times if self.target_time else None)
         self._catalogue = None  # training needs the memory
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -136,12 +136,14 @@ class Recommendations:
     def _history(self, items: Tensor, timestamps: Tensor | None = None) -> Batch:
         """One row of the newest of (E,) item ids and their times in seconds."""
         timestamps = torch.zeros_like(items) if timestamps is None else timestamps
+        now = timestamps[-1:] if self.now is None else torch.tensor([self.now])
         window = items[None, -self.config.dataset.window :]
         return Batch(
             users=torch.zeros(1, dtype=torch.int64),
             items=window,
             timestamps=timestamps[None, -self.config.dataset.window :],
             targets=torch.zeros_like(window),
+            target_times=torch.cat([timestamps[1:], now])[None, -self.config.dataset.window :],
             mask=torch.ones_like(window, dtype=torch.bool),
             seen=torch.stack([torch.zeros_like(items), items]),
         )
@@ -165,7 +167,8 @@ class Recommendations:
         """The k best unseen items: title and score (similarity over temperature)."""
         scores = self.module.scores(history)[0]
         scores[history.seen[1] - 1] = float("-inf")
-        best = scores.topk(min(k, int(scores.isfinite().sum())))
+        # what was not in training stands at the lowest number where the model knows items by training only
+        best = scores.topk(min(k, int((scores > torch.finfo(scores.dtype).min).sum())))
         return [
             (self.catalog.titles[row], score) for row, score in zip(best.indices, best.values.tolist(), strict=True)
         ]

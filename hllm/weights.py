@@ -18,6 +18,7 @@ from hllm.config import (
     Adaptor,
     CachedItemsConfig,
     Config,
+    FusedItemsConfig,
     LLMItemsConfig,
     LLMUserConfig,
     LoraConfig,
@@ -27,7 +28,7 @@ from hllm.config import (
 from hllm.errors import CheckpointError
 from hllm.items.baichuan import llama_weights
 from hllm.items.llm import LLMItems
-from hllm.items.tower import CachedItems, ItemTower
+from hllm.items.tower import CachedItems, FusedItems, ItemTower
 from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
@@ -285,7 +286,9 @@ def _beside_fresh_adapters(
 
 
 def _kind(items: object) -> str:
-    """Of an item tower or its config: llm, cached or id."""
+    """Of an item tower or its config: llm, fused, cached or id."""
     if isinstance(items, LLMItems | LLMItemsConfig):
         return "llm"
+    if isinstance(items, FusedItems | FusedItemsConfig):
+        return "fused"
     return "cached" if isinstance(items, CachedItems | CachedItemsConfig) else "id"

@@ -18,6 +18,7 @@ from hllm.config import Config, NCELossConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
 from hllm.errors import ConfigError
 from hllm.losses import NCELoss
+from hllm.metrics import target_ranks
 from hllm.module import Recommender, _lookup
 
 
@@ -65,6 +66,41 @@ def test_scores_are_those_of_the_last_event(module: Recommender, batch: Batch) -
         )
         alone = Batch(batch.users[row : row + 1], items, times, targets, mask, batch.seen)
         torch.testing.assert_close(module.scores(alone)[0], scores[row], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_scored_may_be_another_vector_than_what_is_read(
+    module: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in items=fused with target=text: histories read one side, loss and scores take the other."""
+    torch.manual_seed(1)
+    read, scored = torch.randn(2, module.items.num_items, 16)
+    monkeypatch.setattr(module.items, "sides", lambda ids: (read[ids - 1], scored[ids - 1]))
+    monkeypatch.setattr(module.items, "catalogue", lambda: (read, scored))
+    module.eval()
+    supervised = batch.targets > 0
+    users = module(batch, torch.arange(1, len(read) + 1), read)
+    plain = F.cosine_similarity(users[:, :, None], scored, dim=-1) / 0.07
+    expected = F.cross_entropy(plain[supervised], batch.targets[supervised] - 1)
+    assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+    last = batch.mask.sum(1) - 1
+    torch.testing.assert_close(module.scores(batch), plain[torch.arange(len(batch)), last], atol=1e-4, rtol=1e-4)
+
+
+def test_items_that_were_not_in_training_stand_below_all_others_where_only_ids_are_known(
+    module: Recommender, batch: Batch
+) -> None:
+    module.eval()
+    before = module.scores(batch)
+    module.train_counts[[4, 9]] = 0
+    scores, others = module.scores(batch), [i for i in range(before.shape[1]) if i not in (3, 8)]
+    assert torch.equal(scores[:, others], before[:, others])
+    assert (scores[:, [3, 8]] < scores[:, others].min()).all()
+    cold = torch.full((len(batch),), 4)
+    ranks, ties = target_ranks(scores, cold, torch.tensor([[0], [1]]))
+    assert ranks.tolist() == [len(others) - 0.5, *[len(others) + 0.5] * (len(batch) - 1)], "user 0 has seen item 1"
+    assert ties.tolist() == [1] * len(batch)
+    module.items.knows_cold = True
+    assert torch.equal(module.scores(batch), before)
 
 
 def test_padding_gets_no_gradient(module: Recommender, batch: Batch) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
+from hllm.config import Adaptor, CachedItemsConfig, FusedItemsConfig, IdItemsConfig, TargetSide, Transform
 from hllm.errors import ConfigError
 from hllm.items.store import ItemTable
 
@@ -26,6 +26,8 @@ class ItemTower(nn.Module, ABC):
     "What the vectors are made from; a checkpoint is good for one fingerprint only."
     collective = False
     "Several processes must ask for the same ids at the same time, because they share the work."
+    knows_cold = True
+    "Its vector of an item that was not in training says something of that item."
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
@@ -38,9 +40,21 @@ class ItemTower(nn.Module, ABC):
         vectors: Tensor = self(torch.arange(1, self.num_items + 1, device=device))
         return vectors
 
+    def sides(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) vectors as histories read them, and (n, D) as the head scores them: here the same."""
+        vectors = self(ids)
+        return vectors, vectors
+
+    def catalogue(self) -> tuple[Tensor, Tensor]:
+        """Both sides of the whole catalogue, (I, D) each."""
+        vectors = self.all()
+        return vectors, vectors
+
 
 class IdItems(ItemTower):
     """A learned vector an item. It knows nothing of items that were not in training."""
+
+    knows_cold = False
 
     def __init__(self, config: IdItemsConfig, num_items: int, dim: int) -> None:
         super().__init__()
@@ -126,6 +140,49 @@ class CachedItems(ItemTower):
     def forward(self, ids: Tensor) -> Tensor:
         vectors: Tensor = self.adaptor(self.vectors[ids - 1])
         return vectors
+
+
+class FusedItems(CachedItems):
+    """The adapted vector of an item's text plus a learned vector of its id (HLLM, arXiv 2409.12740, Table 12).
+
+    In histories the two are summed. What a history is scored against is the sum as well, or, as in the paper, the
+    text's vector alone. An item without an event in training, or one that was not in the training catalogue, has no
+    id vector: its text speaks for it. ``id_dropout`` leaves id vectors out in training, an item's on both sides of a
+    step, so that users and texts learn to do without.
+
+    Args:
+        train_counts: (I + 1,) events of each item in training.
+    """
+
+    known: Tensor
+
+    def __init__(self, config: FusedItemsConfig, dim: int, train_counts: Tensor) -> None:
+        super().__init__(config, dim)
+        self.target, self.id_dropout = config.target, config.id_dropout
+        self.id_table = nn.Embedding(len(train_counts), dim, padding_idx=0)
+        nn.init.normal_(self.id_table.weight[1:], std=0.02)  # row 0 stays zero: it stands for no id vector
+        self.register_buffer("known", train_counts > 0, persistent=False)
+
+    def forward(self, ids: Tensor, both_sides: bool = False) -> Tensor:
+        """(n,) unique item ids -> (n, D) as histories read them; (2, n, D) with what is scored where asked for."""
+        text = super().forward(ids)
+        rows = ids.where(ids < len(self.known), 0)  # new items stand behind the training catalogue
+        kept = self.known[rows]
+        if self.training and self.id_dropout > 0:
+            kept = kept & (torch.rand(len(ids), device=ids.device) >= self.id_dropout)
+        fused: Tensor = text + self.id_table(rows.where(kept, 0))
+        if not both_sides:
+            return fused
+        return torch.stack([fused, text if self.target is TargetSide.text else fused])
+
+    def sides(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.target is TargetSide.sum:
+            return super().sides(ids)
+        fused, text = self(ids, both_sides=True)  # by way of the call, which gathers sharded weights
+        return fused, text
+
+    def catalogue(self) -> tuple[Tensor, Tensor]:
+        return self.sides(torch.arange(1, self.num_items + 1, device=self.vectors.device))
 
 
 def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hllm.config import Adaptor, CachedItemsConfig, IdItemsConfig, Transform
+from hllm.config import Adaptor, CachedItemsConfig, FusedItemsConfig, IdItemsConfig, TargetSide, Transform
 from hllm.errors import ConfigError
 from hllm.items.store import ItemTable
-from hllm.items.tower import CachedItems, IdItems, fit_transform, mean_cosine
+from hllm.items.tower import CachedItems, FusedItems, IdItems, fit_transform, mean_cosine
 
 ITEMS, WIDTH = 200, 6
 
@@ -30,6 +30,19 @@ def table(vectors: Tensor, fingerprint: str = "f") -> ItemTable:
 def tower(vectors: Tensor, **changes: Any) -> CachedItems:
     torch.manual_seed(0)
     items = CachedItems(CachedItemsConfig(name="cached", **changes), dim=4)
+    items.attach(table(vectors))
+    return items.eval()
+
+
+COLD = 3
+
+
+def fused(vectors: Tensor, **changes: Any) -> FusedItems:
+    """Item 3 was not in training."""
+    torch.manual_seed(0)
+    counts = torch.full((ITEMS + 1,), 5)
+    counts[[0, COLD]] = 0
+    items = FusedItems(FusedItemsConfig(name="fused", **changes), 4, counts)
     items.attach(table(vectors))
     return items.eval()
 
@@ -173,3 +186,44 @@ def test_item_dropout_acts_in_training_only(vectors: Tensor) -> None:
     assert torch.equal(items.all(), items.all())
     items.train()
     assert not torch.equal(items.all(), items.all())
+
+
+@pytest.mark.parametrize("target", TargetSide)
+def test_fused_vectors_are_text_and_id_summed(vectors: Tensor, target: TargetSide) -> None:
+    """Table 12: the sum goes into the user model; the target is the text's vector, or the sum too."""
+    items, ids = fused(vectors, target=target), torch.tensor([7, 1, ITEMS])
+    text = items.adaptor(items.vectors[ids - 1])
+    read, scored = items.sides(ids)
+    torch.testing.assert_close(read, text + items.id_table.weight[ids])
+    torch.testing.assert_close(scored, text if target is TargetSide.text else read)
+    for side, whole in zip((read, scored), items.catalogue(), strict=True):
+        torch.testing.assert_close(side, whole[ids - 1])
+
+
+def test_a_cold_item_is_its_text_and_its_id_vector_is_not_trained(vectors: Tensor) -> None:
+    items, ids = fused(vectors).train(), torch.tensor([COLD, 5])
+    torch.testing.assert_close(items(ids)[0], items.adaptor(items.vectors[ids - 1])[0])
+    items(ids).sum().backward()
+    assert items.id_table.weight.grad is not None
+    assert items.id_table.weight.grad.any(dim=1).nonzero().flatten().tolist() == [5]
+
+
+def test_new_items_of_a_fused_tower_are_their_texts(vectors: Tensor) -> None:
+    items = fused(vectors)
+    before = items.all()
+    items.attach(table(torch.cat([vectors, vectors[:2] + 1]), "g"))
+    torch.testing.assert_close(items.all()[:ITEMS], before)
+    torch.testing.assert_close(items.all()[ITEMS:], items.adaptor(items.vectors[ITEMS:]))
+
+
+def test_id_dropout_leaves_out_its_share_of_id_vectors_on_both_sides_in_training_only(vectors: Tensor) -> None:
+    items = fused(vectors, id_dropout=0.25, adaptor=Adaptor.linear).train()
+    ids = torch.arange(1, ITEMS + 1)
+    text = items.adaptor(items.vectors)
+    left_out = torch.stack([(items.sides(ids)[0] == text).all(1) for _ in range(50)]).float()
+    assert left_out[:, COLD - 1].all()
+    assert left_out.mean().item() == pytest.approx(0.25, abs=0.02)
+    assert 0 < left_out[:, 0].sum() < 50
+    read, scored = items.sides(ids)
+    assert torch.equal(read, scored)
+    assert (items.eval().all() == text).all(1).nonzero().flatten().tolist() == [COLD - 1]
