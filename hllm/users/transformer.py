@@ -125,13 +125,14 @@ class UserTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.apply(_init_weights)
 
-    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
         """Encode histories.
 
         Args:
             x: (B, L, D) item vectors, real events first.
             mask: (B, L) bool, true at real events.
             timestamps: (B, L) int64 seconds.
+            target_times: not read: the target's time is in x, where ``user.target_time`` says that it is known.
 
         Returns:
             (B, L, D); output i depends on events 0..i only. Outputs at padding carry no meaning.
