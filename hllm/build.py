@@ -47,6 +47,7 @@ from hllm.items.tower import CachedItems, FusedItems, IdItems, ItemTower
 from hllm.module import Recommender
 from hllm.throughput import Throughput
 from hllm.users.llm import UserLLM
+from hllm.users.time import EventTimes
 
 log = logging.getLogger(__name__)
 
@@ -104,13 +105,15 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
     users: nn.Module
     if isinstance(config.user, TransformerConfig | HSTUConfig):
         # items first: published numbers come from weights drawn in this order
-        items = _build_items(config, datamodule, config.user.dim)
+        dim = config.user.dim
+        items = _build_items(config, datamodule, dim)
         users = get_class(config.user._target_)(config.user, config.dataset.max_history)
     else:
         assert isinstance(config.user, LLMUserConfig)
         user_model, item_model = _load_models(config)
         users = UserLLM(user_model, config.user, config.dataset.max_history)
-        items = _build_items(config, datamodule, users.dim, item_model)
+        dim = users.dim
+        items = _build_items(config, datamodule, dim, item_model)
     return Recommender(
         items=items,
         users=users,
@@ -127,6 +130,7 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
             "interactions": datamodule.fingerprint,
         },
         hyperparameters=hyperparameters,
+        times=EventTimes(config.user, dim) if config.user.time_features or config.user.time_gaps else None,
     )
 
 

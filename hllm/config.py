@@ -337,7 +337,7 @@ class SplitConfig:
     fractions: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     "Train, validation and test share: of the users (user_split), of the events in order of time (temporal)."
     seed: int = 0
-    "Which users go where (user_split)."
+    "Which users go where (user_split); which items are cold (dataset.cold_items)."
     target: TemporalTarget = TemporalTarget.last
     "Which of a user's events after the cut is predicted (temporal)."
 
@@ -371,6 +371,8 @@ class DatasetConfig:
     "Sort by time alone, not stably, as papers did whose ties depend on the sort; false keeps ties in file order."
     protocol: Protocol = Protocol.leave_one_out
     split: SplitConfig = field(default_factory=SplitConfig)
+    cold_items: float = 0.0
+    "Share of the items held out of training, drawn by split.seed, and ranked among all; docs/evaluation.md."
     train_rows: TrainRows | None = None
     "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
     max_history: int = 100
@@ -395,6 +397,7 @@ class DatasetConfig:
         _at_least("dataset.batch_size", self.batch_size, 1)
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
+        _fraction("dataset.cold_items", self.cold_items)
         official = self.protocol is Protocol.leave_one_out_official
         if self.train_rows is not None:
             allowed = (TrainRows.chunks, TrainRows.latest) if official else (TrainRows.windows, TrainRows.prefixes)
@@ -428,6 +431,8 @@ class DatasetConfig:
             name += f" {shares} seed {self.split.seed}"
         if self.protocol is Protocol.temporal:
             name += f" {shares} {self.split.target.name}"
+        if self.cold_items:
+            name += f" cold {100 * self.cold_items:g}% seed {self.split.seed}"
         return name + (" legacy_sort" if self.legacy_sort else "")
 
 
@@ -521,6 +526,12 @@ class ShardedConfig(DatasetConfig):
             "dataset.filter",
             "...",
             "dataset=sharded reads events as they were written: give filter and legacy_sort to python -m hllm.shard",
+        )
+        _require(
+            self.cold_items == 0,
+            "dataset.cold_items",
+            self.cold_items,
+            "dataset=sharded has no view without an item's events: read the files by another dataset, or set 0",
         )
         _require(
             self.num_workers == 0,

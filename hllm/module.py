@@ -49,6 +49,7 @@ class Recommender(L.LightningModule):
             broken down by.
         data_identity: what a checkpoint must share with the data it is used on, by name (fingerprint, protocol).
         hyperparameters: the run's config as plain values; stored in checkpoints.
+        times: what is added to item vectors of when their events happened.
     """
 
     train_counts: Tensor
@@ -65,13 +66,13 @@ class Recommender(L.LightningModule):
         train_counts: Tensor,
         data_identity: dict[str, str],
         hyperparameters: dict[str, Any],
+        times: EventTimes | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters({"config": hyperparameters})
         self.items, self.users, self.head, self.loss = items, users, head, loss
         self.target_time, self.length_groups = user.target_time, user.length_groups
-        timed = user.time_features or user.time_gaps
-        self.times = EventTimes(user, items.dim) if timed else None
+        self.times = times
         self.optimizer_config, self.data_identity = optimizer, data_identity
         self.register_buffer("train_counts", train_counts, persistent=False)
         self.val_metrics, self.test_metrics, self.popularity_metrics = (

@@ -36,6 +36,8 @@ Prints the k items to come next, with their scores. Items of the history are lef
   history    titles from oldest to newest, separated by |, as the catalogue writes them
   user       instead of a history: a user of the data set, by original id
   k          length of the list
+  now        when the list is for, in seconds since 1970; read by models with user.target_time, for which it is
+             otherwise the time of the newest event
   new_items  a CSV file with the columns id and those of the text template: items to rank beside the catalogue,
              embedded now and ranked without training again (not items=id); a history may name them
   root       the data set's raw files, if not where the run read them
@@ -48,6 +50,7 @@ class Options:
     history: str | None = None
     user: str | None = None
     k: int = 10
+    now: int | None = None
     new_items: str | None = None
     root: str | None = None
     cache_dir: str | None = None
@@ -66,14 +69,15 @@ class Recommendations:
         config: as ``checkpoint_config`` gives it.
         ckpt: the checkpoint.
         new_items: items to rank beside those of the data set.
+        now: seconds since 1970, for models that read the time of what they predict; None is that of the newest event.
 
     Raises:
         CheckpointError: the checkpoint does not fit the data or the item vectors found here.
         ConfigError: new items for a model that knows items by id only.
     """
 
-    def __init__(self, config: Config, ckpt: Path, new_items: Catalog | None = None) -> None:
-        self.config = config
+    def __init__(self, config: Config, ckpt: Path, new_items: Catalog | None = None, now: int | None = None) -> None:
+        self.config, self.now = config, now
         self.datamodule = build_datamodule(config)
         self.catalog = self.datamodule.catalog
         self.module = build_module(config, self.datamodule, read_weights=False)
@@ -180,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     config = checkpoint_config(Path(options.ckpt), options.root, options.cache_dir)
     new_items = read_catalog(Path(options.new_items)) if options.new_items else None
-    model = Recommendations(config, Path(options.ckpt), new_items)
+    model = Recommendations(config, Path(options.ckpt), new_items, options.now)
     if options.user is not None:
         history = model.history_of_user(options.user)
     else:

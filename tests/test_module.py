@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_last_event(module: Recommender, batch: Batch) -
         items, times, targets, mask = (
             getattr(batch, name)[row : row + 1, :events] for name in ("items", "timestamps", "targets", "mask")
         )
-        alone = Batch(batch.users[row : row + 1], items, times, targets, mask, batch.seen)
+        alone = Batch(batch.users[row : row + 1], items, times, targets, times, mask, batch.seen)
         torch.testing.assert_close(module.scores(alone)[0], scores[row], atol=1e-5, rtol=1e-5)
 
 

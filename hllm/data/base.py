@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from hllm.config import DatasetConfig, FilterConfig, Protocol
 from hllm.data import delimited, tables, values
+from hllm.data.cold import draw_cold, hold_out
 from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Array32, Array64, Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
@@ -215,7 +216,7 @@ class EpochLoader(DataLoader[Batch]):
 class SequenceDataModule(DataModule):
     """Histories cut by a protocol into train, validation and test batches.
 
-    After ``setup`` it also holds ``interactions`` and ``splits``. The prepared form is made once, kept in
+    After ``setup`` it also holds ``interactions``, ``events`` and ``splits``. The prepared form is made once, kept in
     ``cache_dir/prepared``, and mapped by every later run and every worker.
     """
 
@@ -226,6 +227,8 @@ class SequenceDataModule(DataModule):
     unkeyed: frozenset[str] = frozenset()
     "Keys of the config that the prepared form does not depend on, though other data sets lack them."
     interactions: Interactions
+    events: Interactions
+    "Those that rows read, and that ``splits`` are ranges of: all but the cold items', with dataset.cold_items."
     splits: Splits
 
     @abstractmethod
@@ -267,8 +270,11 @@ class SequenceDataModule(DataModule):
         if self.counts is not None and self.config.check_counts and self.config.filter == self.published_filter:
             self.counts.check(interactions, catalog, str(files.interactions))
         self.interactions, self.catalog = interactions, catalog
-        self.splits = split(interactions, self.config)
-        self.train_counts = torch.from_numpy(train_counts(interactions, self.splits.train_ends, len(catalog)))
+        self.events, self.splits = interactions, split(interactions, self.config)
+        if self.config.cold_items:
+            cold = draw_cold(len(catalog), self.config.cold_items, self.config.split.seed)
+            self.events, self.splits = hold_out(interactions, self.splits, cold, self.config.window)
+        self.train_counts = torch.from_numpy(train_counts(self.events, self.splits.train_ends, len(catalog)))
         log.info(
             "%s: %d interactions, %d users, %s; protocol %s; fingerprint %s; %s in %.1f s",
             *(self.config.name, len(interactions), interactions.num_users, catalog.fingerprint),
@@ -321,8 +327,8 @@ class SequenceDataModule(DataModule):
         return np.array(self.interactions.items[events]), np.array(self.interactions.timestamps[events])
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        rows = train_rows(self.interactions, self.splits.train_ends, self.config.max_history, self.config.rows)
-        return self._rows_loader(SequenceDataset(self.interactions, rows), self.config.batch_size, shuffle=True)
+        rows = train_rows(self.events, self.splits.train_ends, self.config.max_history, self.config.rows)
+        return self._rows_loader(SequenceDataset(self.events, rows), self.config.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self.splits.validation)
@@ -331,7 +337,7 @@ class SequenceDataModule(DataModule):
         return self._evaluation_loader(self.splits.test)
 
     def _evaluation_loader(self, rows: Rows) -> DataLoader[Batch]:
-        dataset = SequenceDataset(self.interactions, rows, with_seen=True)
+        dataset = SequenceDataset(self.events, rows, with_seen=True, whole=self.interactions)
         return self._rows_loader(dataset, self.config.eval_batch_size, shuffle=False)
 
     def _rows_loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:

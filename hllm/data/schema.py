@@ -107,6 +107,7 @@ class Batch:
         items: (B, L) int64 history.
         timestamps: (B, L) int64 seconds; 0 at padding.
         targets: (B, L) int64 the item that followed each event; 0 where nothing is to be predicted.
+        target_times: (B, L) int64 seconds, when what followed each event happened; 0 at padding.
         mask: (B, L) bool, true at real events.
         seen: (2, S) int64 pairs of batch row and item id to leave out of the ranking: the user's whole history, also
             the part older than L. Empty in training.
@@ -116,6 +117,7 @@ class Batch:
     items: Tensor
     timestamps: Tensor
     targets: Tensor
+    target_times: Tensor
     mask: Tensor
     seen: Tensor
 

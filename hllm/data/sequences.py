@@ -15,13 +15,20 @@ class SequenceDataset(Dataset[Batch]):
     """Batches of rows; meant for a DataLoader whose sampler yields whole batches of row numbers.
 
     Args:
+        interactions: what the rows read.
         with_seen: add the pairs of row and item to leave out of the ranking, for evaluation.
+        whole: all events, where the rows read some of them: ``rows.targets`` and what is left out of the ranking are
+            of these. Unset: what the rows read.
     """
 
-    def __init__(self, interactions: Interactions, rows: Rows, with_seen: bool = False) -> None:
+    def __init__(
+        self, interactions: Interactions, rows: Rows, with_seen: bool = False, whole: Interactions | None = None
+    ) -> None:
         self.interactions = interactions
         self.rows = rows
         self.with_seen = with_seen
+        self.whole = interactions if whole is None else whole
+        self.targets = rows.ends if rows.targets is None else rows.targets
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,29 +48,35 @@ class SequenceDataset(Dataset[Batch]):
         # one window holds histories and targets; what it reads behind a row is zeroed
         window = starts[:, None] + steps  # (B, L + 1)
         events = data.items.take(window, mode="clip").astype(np.int64)
-        times = data.timestamps.take(window[:, :-1], mode="clip")
+        times = data.timestamps.take(window, mode="clip")
         if rows.last_only:
             targets = np.zeros(padding.shape, np.int64)
-            targets[np.arange(len(index)), lengths - 1] = data.items[ends]
+            last = np.arange(len(index)), lengths - 1
+            targets[last] = self.whole.items[self.targets[index]]
+            times[:, 1:][last] = self.whole.timestamps[self.targets[index]]
         else:
             targets = events[:, 1:].copy()
             np.copyto(targets, 0, where=padding)
         items = np.ascontiguousarray(events[:, :-1])
-        np.copyto(items, 0, where=padding)
-        np.copyto(times, 0, where=padding)
+        timestamps, target_times = np.ascontiguousarray(times[:, :-1]), times[:, 1:].copy()
+        for values in (items, timestamps, target_times):
+            np.copyto(values, 0, where=padding)
         return Batch(
             users=torch.from_numpy(users),
             items=torch.from_numpy(items),
-            timestamps=torch.from_numpy(times),
+            timestamps=torch.from_numpy(timestamps),
             targets=torch.from_numpy(targets),
+            target_times=torch.from_numpy(target_times),
             mask=torch.from_numpy(~padding),
-            seen=torch.from_numpy(self._seen(users, ends) if self.with_seen else np.empty((2, 0), np.int64)),
+            seen=torch.from_numpy(
+                self._seen(users, self.targets[index]) if self.with_seen else np.empty((2, 0), np.int64)
+            ),
         )
 
     def _seen(self, users: Array64, ends: Array64) -> Array64:
         """(2, S) pairs of batch row and item of all events before the target, also those older than the window."""
-        first = self.interactions.offsets[users]
+        first = self.whole.offsets[users]
         lengths = ends - first
         row = np.repeat(np.arange(len(users)), lengths)
         event = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) + first[row]
-        return np.stack([row, self.interactions.items[event].astype(np.int64)])
+        return np.stack([row, self.whole.items[event].astype(np.int64)])

@@ -211,6 +211,6 @@ def join(batches: Sequence[Batch]) -> Batch:
         ),
         **{
             name: torch.cat([F.pad(getattr(batch, name), (0, longest - batch.items.shape[1])) for batch in batches])
-            for name in ("items", "timestamps", "targets", "mask")
+            for name in ("items", "timestamps", "targets", "target_times", "mask")
         },
     )

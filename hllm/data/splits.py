@@ -25,12 +25,15 @@ class Rows:
         starts: (N,) int64 first event of the row.
         ends: (N,) int64 one past the last event that the row may read; the event ``ends[n]`` is a target.
         last_only: true where only event ``ends[n]`` is a target.
+        targets: (N,) int64 the targets in place of ``ends``, of rows with ``last_only`` that leave events out of what
+            they read: by number in the data with all events.
     """
 
     users: Array64
     starts: Array64
     ends: Array64
     last_only: bool
+    targets: Array64 | None = None
 
     def __len__(self) -> int:
         return len(self.users)

@@ -39,7 +39,7 @@ class UserLLM(HoldsLLM):
         tune(model, config.tuning, "user.tuning")
         self.train()  # Lightning leaves modes as it finds them
 
-    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
         """(B, L, D) item vectors, real events first -> (B, L, D); output i depends on events 0..i only."""
         encoded: Tensor = self.model(inputs_embeds=x.to(self.model.dtype), use_cache=False).last_hidden_state
         return encoded

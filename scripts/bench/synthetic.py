@@ -104,6 +104,7 @@ def make_step(shape: Shape, random: np.random.Generator, batch_size: int | None 
         items=items[:, :longest] * mask,
         timestamps=torch.zeros(len(counts), longest, dtype=torch.long),
         targets=items[:, 1 : longest + 1] * mask,
+        target_times=torch.zeros(len(counts), longest, dtype=torch.long),
         mask=mask,
         seen=torch.empty(2, 0, dtype=torch.long),
     )

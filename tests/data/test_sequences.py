@@ -31,12 +31,13 @@ def naive(data: Interactions, rows: Rows, indices: list[int], with_seen: bool) -
         user, start, end = int(rows.users[row]), int(rows.starts[row]), int(rows.ends[row])
         items, times = data.items[start:end].tolist(), data.timestamps[start:end].tolist()
         targets = data.items[start + 1 : end + 1].tolist()
+        target_times = data.timestamps[start + 1 : end + 1].tolist()
         if rows.last_only:
             targets = [0] * (len(targets) - 1) + targets[-1:]
-        samples.append((user, items, times, targets))
+        samples.append((user, items, times, targets, target_times))
         if with_seen:
             seen += [(number, int(item)) for item in data.items[data.offsets[user] : end]]
-    length = max(len(items) for _, items, _, _ in samples)
+    length = max(len(items) for _, items, *_ in samples)
 
     def padded(column: int) -> torch.Tensor:
         return torch.tensor([sample[column] + [0] * (length - len(sample[column])) for sample in samples])
@@ -46,13 +47,14 @@ def naive(data: Interactions, rows: Rows, indices: list[int], with_seen: bool) -
         items=padded(1),
         timestamps=padded(2),
         targets=padded(3),
+        target_times=padded(4),
         mask=padded(1) > 0,
         seen=torch.tensor(seen, dtype=torch.int64).reshape(-1, 2).T,
     )
 
 
 def assert_same(found: Batch, expected: Batch) -> None:
-    for name in ("users", "items", "timestamps", "targets", "mask", "seen"):
+    for name in ("users", "items", "timestamps", "targets", "target_times", "mask", "seen"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 

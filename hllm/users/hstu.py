@@ -1,0 +1,212 @@
+"""HSTU: hierarchical sequential transduction units (Zhai et al., arXiv 2402.17152, section 3 and appendix).
+
+A block has no softmax and no feed-forward layer. With norms without weights,
+
+    u, v, q, k = SiLU(norm(x) W)
+    a_ij = SiLU(q_i k_j + p(i - j) + t(time_i - time_j)) / n   for j <= i
+    x <- x + dropout(norm(sum_j a_ij v_j) * u) W' + b'
+
+p and t are learned tables, one pair a block, shared by the heads, as in the code of Meta. ``time_i`` is the time of the
+event to be predicted where that is known, else that of event i. n is the longest history: a constant, so that padding
+changes nothing. ByteDance's HSTU (HLLM, 1.1.4) has neither table.
+
+B users, L history length, H heads, D width.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hllm.config import HSTUConfig
+
+
+def time_buckets(timestamps: Tensor, target_times: Tensor | None, num_buckets: int) -> Tensor:
+    """Bucket of the time from each event to each query: floor(ln(max(seconds, 1)) / 0.301), the last for all beyond.
+
+    Args:
+        timestamps: (B, L) int64 seconds.
+        target_times: (B, L) what queries are at; None is the time of their own event.
+
+    Returns:
+        (B, L, L) int32; query i in row i.
+    """
+    queries = timestamps if target_times is None else target_times
+    seconds = (queries[:, :, None] - timestamps[:, None, :]).float()
+    return seconds.abs_().clamp_(min=1).log_().div_(0.301).clamp_(max=num_buckets - 1).int()
+
+
+class PointwiseAttention(torch.autograd.Function):
+    """sum_j SiLU(q_i k_j + bias_ij) v_j / n over j <= i, with biases looked up where they are used.
+
+    Scores are computed again in the backward pass, a few rows at a time, so that they stay in a core's cache: kept
+    whole they are B H L L numbers, and every one of some twenty passes over them goes through memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_bias: Tensor | None,
+        time_bias: Tensor | None,
+        buckets: Tensor | None,
+        n: int,
+    ) -> Tensor:
+        """(B, H, L, E), (B, H, L, E), (B, H, L, V), (>= L,) by distance, (T,) by bucket, (B, L, L) -> (B, H, L, V)."""
+        ctx.save_for_backward(q, k, v, position_bias, time_bias, buckets)
+        ctx.n = n
+        future = _future(q)
+        by_distance = _by_distance(position_bias, q.shape[2])
+        out = torch.empty_like(v)
+        for rows in _chunks(q):
+            scores = _scores(q[rows], k[rows], by_distance, time_bias, None if buckets is None else buckets[rows])
+            F.silu(scores, inplace=True).masked_fill_(future, 0)
+            out[rows] = scores @ v[rows] / n
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, position_bias, time_bias, buckets = ctx.saved_tensors
+        length, future = q.shape[2], _future(q)
+        by_distance = _by_distance(position_bias, length)
+        q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        pairs = q.new_zeros(length, length)  # gradient of the score of a query and a key, summed over users and heads
+        time_grad = None if time_bias is None else torch.zeros_like(time_bias)
+        grad = grad / ctx.n
+        for rows in _chunks(q):
+            scores = _scores(q[rows], k[rows], by_distance, time_bias, None if buckets is None else buckets[rows])
+            gate = torch.sigmoid(scores)
+            weights = (scores * gate).masked_fill_(future, 0)
+            v_grad[rows] = weights.mT @ grad[rows]
+            # d SiLU(s) / ds = g + s g (1 - g) = g + w - w g
+            slope = gate.masked_fill_(future, 0).addcmul_(weights, 1 - gate)
+            slope *= grad[rows] @ v[rows].mT
+            q_grad[rows], k_grad[rows] = slope @ k[rows], slope.mT @ q[rows]
+            if position_bias is not None:
+                pairs += slope.sum((0, 1))
+            if time_grad is not None:
+                assert buckets is not None
+                # counting is twenty times faster than the gradient of an embedding with few rows
+                flat = slope.sum(1).flatten().float()
+                counted = torch.bincount(buckets[rows].flatten(), flat, minlength=len(time_grad))
+                time_grad += counted.to(time_grad.dtype)
+        position_grad = None if position_bias is None else _sum_by_distance(pairs, len(position_bias))
+        return q_grad, k_grad, v_grad, position_grad, time_grad, None, None
+
+
+def _chunks(q: Tensor) -> list[slice]:
+    """Users at a time: scores of half a MiB on a CPU, 512 MiB on a GPU."""
+    size = q[0, :, :, 0].numel() * q.shape[2] * 4
+    step = max((2**19 if q.device.type == "cpu" else 2**29) // max(size, 1), 1)
+    return [slice(begin, begin + step) for begin in range(0, len(q), step)]
+
+
+def _future(q: Tensor) -> Tensor:
+    """(L, L) bool, true where the key comes after the query."""
+    length = q.shape[2]
+    return torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+
+
+def _by_distance(table: Tensor | None, length: int) -> Tensor | None:
+    """(>= L,) -> (L, L) entry i - j; what is after the query gets entry 0."""
+    if table is None:
+        return None
+    index = torch.arange(length, device=table.device)
+    return table[(index[:, None] - index[None, :]).clamp(min=0)]
+
+
+def _sum_by_distance(pairs: Tensor, size: int) -> Tensor:
+    """The gradient of ``_by_distance``: (L, L) -> (size,); entries after the query are zero already."""
+    index = torch.arange(len(pairs), device=pairs.device)
+    distance = (index[:, None] - index[None, :]).clamp(min=0)
+    return torch.bincount(distance.flatten(), pairs.flatten().float(), minlength=size).to(pairs.dtype)
+
+
+def _scores(
+    q: Tensor, k: Tensor, by_distance: Tensor | None, time_bias: Tensor | None, buckets: Tensor | None
+) -> Tensor:
+    scores = q @ k.mT  # (C, H, L, L)
+    if by_distance is not None:
+        scores += by_distance
+    if time_bias is not None:
+        assert buckets is not None
+        scores += time_bias.index_select(0, buckets.flatten()).view(buckets.shape)[:, None]
+    return scores
+
+
+class HSTUBlock(nn.Module):
+    """One unit. Weights begin as in Meta's code: N(0, 0.02) for W and the tables, Xavier for W'."""
+
+    def __init__(self, config: HSTUConfig, max_history: int) -> None:
+        super().__init__()
+        heads, width = config.num_heads, config.dim // config.num_heads
+        self.num_heads, self.max_history, self.dropout = heads, max_history, config.dropout
+        self.sizes = [heads * (config.v_dim or width)] * 2 + [heads * (config.qk_dim or width)] * 2
+        self.uvqk = nn.Linear(config.dim, sum(self.sizes), bias=False)
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+        self.out = nn.Linear(self.sizes[0], config.dim)
+        nn.init.xavier_uniform_(self.out.weight)
+        self.position_bias = nn.Parameter(torch.randn(max_history) * 0.02) if config.relative_position_bias else None
+        self.time_bias = (
+            nn.Parameter(torch.randn(config.num_time_buckets) * 0.02) if config.relative_time_bias else None
+        )
+
+    def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
+        """(B, L, D), (B, L, L) time buckets or none -> (B, L, D)."""
+        u, *vqk = F.silu(self.uvqk(_norm(x))).split(self.sizes, dim=-1)
+        v, q, k = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous() for part in vqk)
+        with torch.autocast(x.device.type, enabled=False):
+            biases = [None if bias is None else bias.to(q.dtype) for bias in (self.position_bias, self.time_bias)]
+            attended: Tensor = PointwiseAttention.apply(q, k, v, *biases, buckets, self.max_history)  # type: ignore[no-untyped-call]
+        gated = u * _norm(attended.transpose(1, 2).flatten(2))
+        added: Tensor = self.out(F.dropout(gated, self.dropout, self.training))
+        return x + added
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class HSTU(nn.Module):
+    """History of item vectors -> a user vector at every event, which predicts the item that follows.
+
+    Args:
+        config: the user group.
+        max_history: longest row.
+    """
+
+    def __init__(self, config: HSTUConfig, max_history: int) -> None:
+        super().__init__()
+        self.max_history, self.num_buckets = max_history, config.num_time_buckets
+        self.scale = math.sqrt(config.dim) if config.scale_inputs else 1.0
+        self.position = nn.Embedding(max_history, config.dim)
+        nn.init.trunc_normal_(self.position.weight, std=math.sqrt(1 / config.dim) if config.scale_inputs else 0.02)
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.blocks = nn.ModuleList(HSTUBlock(config, max_history) for _ in range(config.num_layers))
+        self.timed = config.relative_time_bias
+
+    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
+        """Encode histories.
+
+        Args:
+            x: (B, L, D) item vectors, real events first.
+            mask: (B, L) bool, true at real events.
+            timestamps: (B, L) int64 seconds.
+            target_times: (B, L) int64 seconds of the events to be predicted; None where they are not known.
+
+        Returns:
+            (B, L, D); output i depends on events 0..i only, and on its own target's time where it is given.
+        """
+        length = x.shape[1]
+        assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
+        x = self.dropout(x * self.scale + self.position.weight[:length])
+        buckets = time_buckets(timestamps, target_times, self.num_buckets) if self.timed else None
+        for block in self.blocks:
+            x = block(x, buckets)
+        return x
