@@ -873,6 +873,10 @@ class NCELossConfig(LossConfig):
     "Also score the other positions' targets as negatives, each item once."
     distinct: bool = True
     "Score an item once however often it was drawn; false counts it each time, as the official code."
+    logq: bool = False
+    "Weigh a negative by one over how often it is expected to be drawn, so that the sample stands for the catalogue."
+    per_position: bool = False
+    "Draw num_negatives for each position, as the official ID baselines, in place of one set for all."
     mask_history: bool = False
     "No item of a training row is a negative of that row's positions."
     similarity_threshold: float | None = None
@@ -893,6 +897,29 @@ class NCELossConfig(LossConfig):
                 self.similarity_threshold,
                 "is a cosine: must be above -1 and below 1",
             )
+        for name, value in (("in_batch", False), ("distinct", False), ("similarity_threshold", None)):
+            given = getattr(self, name)
+            _require(
+                not self.per_position or given == value,
+                f"loss.{name}",
+                given,
+                f"loss.per_position=true has uniform negatives only, each counted: set {'null' if value is None else 'false'}",
+            )
+
+
+@dataclass
+class BinaryLossConfig(LossConfig):
+    num_negatives: int = 1
+    "Uniform negatives, drawn for each position."
+    calibration: float = 0.0
+    "t of gBCE: 0 is BCE, 1 makes the sigmoids probabilities of the whole catalogue."
+    mask_history: bool = False
+    "No item of a training row is a negative of that row's positions; takes a bool for each position and item."
+
+    def __post_init__(self) -> None:
+        _at_least("loss.num_negatives", self.num_negatives, 1)
+        t = self.calibration
+        _require(0 <= t <= 1, "loss.calibration", t, "must be within [0, 1]")
 
 
 @dataclass
@@ -1004,9 +1031,11 @@ class EvaluationConfig:
     "List lengths of HR and NDCG."
     bucket_edges: list[int] = field(default_factory=lambda: [1, 10, 50, 200])
     "Targets are also broken down by how often they were seen in training: below the first edge, and so on."
+    history_edges: list[int] = field(default_factory=lambda: [5, 10, 20, 50, 200])
+    "Users are also broken down by how many events they have before the target."
 
     def __post_init__(self) -> None:
-        for name in ("ks", "bucket_edges"):
+        for name in ("ks", "bucket_edges", "history_edges"):
             values = getattr(self, name)
             _require(
                 len(values) > 0 and values[0] > 0 and values == sorted(set(values)),
@@ -1014,6 +1043,12 @@ class EvaluationConfig:
                 values,
                 "must be increasing whole numbers above 0",
             )
+        _require(
+            self.history_edges[0] > 1,
+            "evaluation.history_edges",
+            self.history_edges,
+            "begins above 1: every history has an event",
+        )
 
     def metric_names(self) -> list[str]:
         return [f"{name}@{k}" for k in self.ks for name in ("hr", "ndcg")] + ["mrr"]
@@ -1161,7 +1196,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "llm": {"base": LLMConfig},
     "items": {"id": IdItemsConfig, "cached": CachedItemsConfig, "fused": FusedItemsConfig, "llm": LLMItemsConfig},
     "user": {"transformer": TransformerConfig, "hstu": HSTUConfig, "llm": LLMUserConfig},
-    "loss": {"ce": CELossConfig, "nce": NCELossConfig},
+    "loss": {"ce": CELossConfig, "nce": NCELossConfig, "bce": BinaryLossConfig},
 }
 
 

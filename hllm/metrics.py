@@ -1,8 +1,9 @@
-"""HR@K, NDCG@K and MRR over the whole catalogue: the one place where they are defined.
+"""HR@K, NDCG@K, MRR and coverage over the whole catalogue: the one place where they are defined.
 
 One target a user. Its rank r (0 is best) is the number of unseen items that score higher, plus half of those that
 score exactly the same (mid-rank): identical item texts give identical scores, and no order of storage should decide
-among them. HR@K = [r < K], NDCG@K = [r < K] / log2(r + 2), MRR = 1 / (r + 1).
+among them. HR@K = [r < K], NDCG@K = [r < K] / log2(r + 2), MRR = 1 / (r + 1). Coverage@K is the share of the catalogue
+that stands among the K best of any user.
 
 B users, I catalogue items, G groups.
 """
@@ -60,12 +61,14 @@ def group_labels(edges: Sequence[int], first: int = 0) -> list[str]:
 
 
 class RankingMetrics(Metric):
-    """Sums of the metrics over users, kept apart by how often the target was seen in training; exact under DDP.
+    """Sums of the metrics over users, kept apart by how often the target was seen in training and by how long the
+    history is; exact under DDP.
 
     Args:
         ks: list lengths.
         bucket_edges: increasing; group 0 holds targets seen less often than the first edge, the last those seen at
             least as often as the last edge.
+        history_edges: likewise of the events before the target; none breaks nothing down by them.
     """
 
     full_state_update = False
@@ -73,41 +76,91 @@ class RankingMetrics(Metric):
     users: Tensor
     ties: Tensor
 
-    def __init__(self, ks: Sequence[int], bucket_edges: Sequence[int]) -> None:
+    def __init__(self, ks: Sequence[int], bucket_edges: Sequence[int], history_edges: Sequence[int] = ()) -> None:
         super().__init__()
-        self.ks, self.edges = list(ks), list(bucket_edges)
+        self.ks, self.edges, self.history_edges = list(ks), list(bucket_edges), list(history_edges)
         self.names = EvaluationConfig(self.ks, self.edges).metric_names()
-        groups = len(self.edges) + 1
-        zeros = torch.zeros(groups, len(self.names), dtype=torch.float64)
+        self.labels = group_labels(self.edges)
+        if history_edges:
+            self.labels += [f"history {label}" for label in group_labels(history_edges, first=1)]
+        zeros = torch.zeros(len(self.labels), len(self.names), dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
-        self.add_state("users", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("users", torch.zeros(len(self.labels), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("ties", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, ranks: Tensor, ties: Tensor, target_counts: Tensor) -> None:
-        """(B,) mid-ranks and ties as ``target_ranks`` gives them; (B,) occurrences of the targets in training."""
+    def update(self, ranks: Tensor, ties: Tensor, target_counts: Tensor, histories: Tensor | None = None) -> None:
+        """Count users in.
+
+        Args:
+            ranks, ties: (B,) as ``target_ranks`` gives them.
+            target_counts: (B,) occurrences of the targets in training.
+            histories: (B,) events before the target, where there are ``history_edges``.
+        """
         values = rank_metrics(ranks, self.ks)
-        group = torch.bucketize(target_counts, torch.tensor(self.edges, device=ranks.device), right=True)
+        members = _one_hot(target_counts, self.edges)  # (B, G)
+        if self.history_edges:
+            assert histories is not None
+            members = torch.cat([members, _one_hot(histories, self.history_edges)], dim=1)
         # a product, because adding by index is not deterministic on a GPU
-        self.sums += F.one_hot(group, len(self.users)).double().T @ values
-        self.users += torch.bincount(group, minlength=len(self.users))
+        self.sums += members.double().T @ values
+        self.users += members.sum(0)
         self.ties += (ties > 0).sum()
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Group of targets -> metric -> mean over its users, as fractions; ``users`` is their number.
+        """Group -> metric -> mean over its users, as fractions; ``users`` is their number.
 
         The first group is ``all``; it also holds ``ties``, the share of users whose target tied with another item.
-        Groups without users are left out.
+        Then the groups of targets, and those of histories. Groups without users are left out.
         """
+        by_target = slice(len(self.edges) + 1)  # every user is in one of these
+        users = self.users[by_target].sum()
         table = {
-            "all": {
-                **self._means(self.sums.sum(0), self.users.sum()),
-                "ties": float(self.ties.float() / self.users.sum()),
-            }
+            "all": {**self._means(self.sums[by_target].sum(0), users), "ties": float(self.ties.float() / users)},
         }
-        for label, sums, users in zip(group_labels(self.edges), self.sums, self.users, strict=True):
-            if users > 0:
-                table[label] = self._means(sums, users)
+        for label, sums, number in zip(self.labels, self.sums, self.users, strict=True):
+            if number > 0:
+                table[label] = self._means(sums, number)
         return table
 
     def _means(self, sums: Tensor, users: Tensor) -> dict[str, float]:
         return {"users": int(users), **dict(zip(self.names, (sums / users).tolist(), strict=True))}
+
+
+def _one_hot(counts: Tensor, edges: Sequence[int]) -> Tensor:
+    """(B,) whole numbers -> (B, groups) 1 at the group that each is in."""
+    group = torch.bucketize(counts, torch.tensor(list(edges), device=counts.device), right=True)
+    return F.one_hot(group, len(edges) + 1)
+
+
+class Coverage(Metric):
+    """How much of the catalogue anybody is shown: for each item its best place in the list of any user; exact under
+    DDP.
+
+    Items that score alike stand in the order that ``topk`` gives them.
+
+    Args:
+        ks: list lengths.
+        num_items: of the catalogue.
+    """
+
+    full_state_update = False
+    places: Tensor
+
+    def __init__(self, ks: Sequence[int], num_items: int) -> None:
+        super().__init__()
+        self.ks = list(ks)
+        self.add_state("places", torch.full((num_items,), ks[-1]), dist_reduce_fx="min")
+
+    def update(self, scores: Tensor, seen: Tensor) -> None:
+        """(B, I) scores, and (2, S) pairs of row and item id that are not shown, as of ``target_ranks``."""
+        scores = scores.index_put((seen[0], seen[1] - 1), scores.new_tensor(float("-inf")))
+        best = scores.topk(min(self.ks[-1], scores.shape[1]), dim=1)
+        places = torch.arange(best.indices.shape[1], device=scores.device).expand_as(best.indices)
+        # the lowest number is that of items which a model does not know
+        shown = best.values > torch.finfo(scores.dtype).min
+        places = places.where(shown, self.ks[-1])
+        self.places = self.places.scatter_reduce(0, best.indices.flatten(), places.flatten(), "amin")
+
+    def compute(self) -> dict[str, float]:
+        """coverage@k for each k, as fractions."""
+        return {f"coverage@{k}": float((self.places < k).double().mean()) for k in self.ks}

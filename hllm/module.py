@@ -30,7 +30,7 @@ from hllm.errors import CheckpointError, ConfigError
 from hllm.head import SimilarityHead
 from hllm.items.tower import ItemTower
 from hllm.losses import Loss
-from hllm.metrics import RankingMetrics, target_ranks
+from hllm.metrics import Coverage, RankingMetrics, target_ranks
 from hllm.tuning import is_trained
 from hllm.users.time import EventTimes
 
@@ -76,12 +76,15 @@ class Recommender(L.LightningModule):
         self.optimizer_config, self.data_identity = optimizer, data_identity
         self.register_buffer("train_counts", train_counts, persistent=False)
         self.val_metrics, self.test_metrics, self.popularity_metrics = (
-            RankingMetrics(evaluation.ks, evaluation.bucket_edges) for _ in range(3)
+            RankingMetrics(evaluation.ks, evaluation.bucket_edges, evaluation.history_edges) for _ in range(3)
+        )
+        self.test_coverage, self.popularity_coverage = (
+            Coverage(evaluation.ks, len(train_counts) - 1) for _ in range(2)
         )
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         "Split -> group of targets -> metric, after each evaluation; the splits are val, test and popularity."
-        self.test_ranks: list[tuple[Tensor, Tensor, Tensor]] = []
-        "(B,) user numbers, target ids and target ranks of each test batch of all processes, for paired comparisons."
+        self.test_ranks: list[tuple[Tensor, ...]] = []
+        "(B,) user numbers, target ids, target ranks and events before the target, of each test batch of all processes."
         self.last_step: LastStep | None = None
         "What the newest training step tells of a collapse."
         self._catalogue: tuple[Tensor, Tensor] | None = None
@@ -195,17 +198,20 @@ class Recommender(L.LightningModule):
         self._rank(batch, self.scores(batch), self.val_metrics)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        targets, ranks = self._rank(batch, self.scores(batch), self.test_metrics)
-        self.test_ranks.append((batch.users.cpu(), targets.cpu(), ranks.cpu()))
+        scores = self.scores(batch)
+        ranked = self._rank(batch, scores, self.test_metrics)
+        self.test_ranks.append((batch.users.cpu(), *(column.cpu() for column in ranked)))
+        self.test_coverage.update(scores, batch.seen)
         popularity = self.train_counts[1 : self.items.num_items + 1].float().expand(len(batch), -1)
         self._rank(batch, popularity, self.popularity_metrics)
+        self.popularity_coverage.update(popularity, batch.seen)
 
-    def _rank(self, batch: Batch, scores: Tensor, metrics: RankingMetrics) -> tuple[Tensor, Tensor]:
-        """Count a batch into the metrics; (B,) target ids and (B,) ranks."""
-        targets = batch.targets.max(dim=1).values
+    def _rank(self, batch: Batch, scores: Tensor, metrics: RankingMetrics) -> tuple[Tensor, Tensor, Tensor]:
+        """Count a batch into the metrics; (B,) target ids, (B,) ranks and (B,) events before the target."""
+        targets, histories = batch.targets.max(dim=1).values, batch.history_lengths
         ranks, ties = target_ranks(scores, targets, batch.seen)
-        metrics.update(ranks, ties, self.train_counts[targets])
-        return targets, ranks
+        metrics.update(ranks, ties, self.train_counts[targets], histories)
+        return targets, ranks, histories
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation()
@@ -217,12 +223,15 @@ class Recommender(L.LightningModule):
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, self.test_ranks)
             self.test_ranks = [batch for part in parts for batch in part]
-        self._log_metrics("test", self.test_metrics)
-        self._log_metrics("popularity", self.popularity_metrics)
+        self._log_metrics("test", self.test_metrics, self.test_coverage)
+        self._log_metrics("popularity", self.popularity_metrics, self.popularity_coverage)
 
-    def _log_metrics(self, split: str, metrics: RankingMetrics) -> None:
+    def _log_metrics(self, split: str, metrics: RankingMetrics, coverage: Coverage | None = None) -> None:
         self.results[split] = metrics.compute()
         metrics.reset()
+        if coverage is not None:
+            self.results[split]["all"] |= coverage.compute()
+            coverage.reset()
         self.log_dict({f"{split}/{name}": value for name, value in self.results[split]["all"].items()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -17,12 +17,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def metric_names(results: Results) -> list[str]:
-    return [name for name in results["test"]["all"] if name not in ("users", "ties")]
+    """hr, ndcg and mrr, which every group of users has."""
+    return [name for name in results["test"]["all"] if name.partition("@")[0] in ("hr", "ndcg", "mrr")]
 
 
 def results_table(results: Results, system: str) -> str:
-    """The system beside the popularity floor, on the test split."""
-    names = metric_names(results)
+    """The system beside the popularity floor, on the test split; coverage at the first list length."""
+    coverage = [name for name in results["test"]["all"] if name.startswith("coverage@")][:1]
+    names = metric_names(results) + coverage
     rows = [
         [label, *(f"{results[split]['all'][name]:.4f}" for name in names)]
         for label, split in (("popularity", "popularity"), (system, "test"))
@@ -30,19 +32,36 @@ def results_table(results: Results, system: str) -> str:
     return text_table(["test", *names], rows)
 
 
-def frequency_table(results: Results, system: str) -> str:
-    """HR and NDCG at the first list length, by how often the target occurs in training."""
+def frequency_table(results: Results, system: str, cold: bool = False) -> str:
+    """HR and NDCG at the first list length, by how often the target occurs in training.
+
+    Args:
+        cold: items were held out of training, and stand in the first group.
+    """
+    groups = {f"{group} times": group for group in results["test"] if group != "all" and not _is_history(group)}
+    if cold and "0 times" in groups:
+        groups = {"cold": groups.pop("0 times")} | groups
+    return _group_table(results, system, "target seen in training", groups)
+
+
+def history_table(results: Results, system: str) -> str:
+    """HR and NDCG at the first list length, by how many events the user has before the target."""
+    groups = {group.removeprefix("history "): group for group in results["test"] if _is_history(group)}
+    return _group_table(results, system, "events before the target", groups)
+
+
+def _is_history(group: str) -> bool:
+    return group.startswith("history ")
+
+
+def _group_table(results: Results, system: str, title: str, groups: Mapping[str, str]) -> str:
+    """``groups`` are names in the results by what to call them."""
     names = metric_names(results)[:2]
-    header = [
-        "target seen in training",
-        "users",
-        *(f"{name} {who}" for name in names for who in ("popularity", system)),
-    ]
+    header = [title, "users", *(f"{name} {who}" for name in names for who in ("popularity", system))]
     rows = []
-    for group, values in results["test"].items():
-        if group != "all":
-            cells = [f"{results[split][group][name]:.4f}" for name in names for split in ("popularity", "test")]
-            rows.append([f"{group} times", f"{values['users']:.0f}", *cells])
+    for label, group in groups.items():
+        cells = [f"{results[split][group][name]:.4f}" for name in names for split in ("popularity", "test")]
+        rows.append([label, f"{results['test'][group]['users']:.0f}", *cells])
     return text_table(header, rows)
 
 
@@ -66,6 +85,8 @@ def protocol_line(identity: Mapping[str, str], results: Results) -> str:
 
 
 def full_report(results: Results, identity: Mapping[str, str], system: str) -> str:
-    return "\n\n".join(
-        [protocol_line(identity, results), results_table(results, system), frequency_table(results, system)]
-    )
+    cold = " cold " in identity["protocol"]
+    tables = [results_table(results, system), frequency_table(results, system, cold)]
+    if any(_is_history(group) for group in results["test"]):
+        tables.append(history_table(results, system))
+    return "\n\n".join([protocol_line(identity, results), *tables])

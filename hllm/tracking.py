@@ -6,6 +6,7 @@ import netrc
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from hllm import __version__
 from hllm.config import Config, WandbMode, to_plain
 from hllm.data.base import DataModule
-from hllm.module import Recommender
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +132,22 @@ def write_run_info(config: Config, run_dir: Path) -> None:
     write_json(run_dir / "environment.json", environment())
 
 
-def write_ranks(path: Path, module: Recommender, datamodule: DataModule) -> None:
-    """Each test user's target and its rank, by original ids: two runs can then be compared user by user."""
-    users, targets, ranks = (torch.cat(column).numpy() for column in zip(*module.test_ranks, strict=True))
+def write_ranks(path: Path, test_ranks: Sequence[tuple[Tensor, ...]], datamodule: DataModule) -> None:
+    """Each test user's target and its rank, by original ids: ``hllm.compare`` can then set two runs side by side.
+
+    Beside them stand what results are broken down by: the target's events in training, and the user's before it.
+
+    Args:
+        test_ranks: batches of (B,) users, targets, ranks and events before the target, as ``Recommender.test_ranks``.
+    """
+    users, targets, ranks, histories = (torch.cat(column).numpy() for column in zip(*test_ranks, strict=True))
     order = np.argsort(users, kind="stable")
     columns = {
         "user": datamodule.user_ids(users[order]),
         "target": datamodule.catalog.ids[targets[order] - 1],
         "rank": ranks[order],
+        "target_count": datamodule.train_counts.numpy()[targets[order]],
+        "history": histories[order],
     }
     pl.DataFrame(columns).write_parquet(path)
 

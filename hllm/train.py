@@ -66,7 +66,7 @@ def train(config: Config, run_dir: Path) -> Evaluation:
         epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # its class is not told
         content = {**evaluation.plain(), "epochs": epochs, "seconds": seconds}
         write_json(run_dir / "metrics.json", content)
-        write_ranks(run_dir / "ranks.parquet", module, datamodule)
+        write_ranks(run_dir / "ranks.parquet", module.test_ranks, datamodule)
         (run_dir / "report.md").write_text(report + "\n")
         print(f"\n{report}\n\nrun folder: {run_dir}")
     return evaluation

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from hllm.metrics import RankingMetrics, group_labels, target_ranks
+from hllm.metrics import Coverage, RankingMetrics, group_labels, target_ranks
 
 KS, EDGES = [1, 3, 10], [1, 4]
 Results = dict[str, dict[str, float]]
@@ -142,6 +142,44 @@ def test_groups_are_named_by_their_bounds() -> None:
     assert group_labels([1, 2, 10, 50]) == ["0", "1", "2-9", "10-49", "50+"]
 
 
+def test_groups_by_history_length_stand_beside_those_by_training_frequency(
+    case: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    ranks, ties = target_ranks(*case[:3])
+    lengths = torch.arange(40) % 7 + 1
+    metrics = RankingMetrics(KS, EDGES, [2, 5])
+    metrics.update(ranks, ties, case[3], lengths)
+    found, without = metrics.compute(), filled(case).compute()
+    assert list(found) == [*without, "history 1", "history 2-4", "history 5+"]
+    assert_close({group: found[group] for group in without}, without)
+    chosen = (lengths >= 2) & (lengths < 5)
+    assert found["history 2-4"]["users"] == chosen.sum()
+    for name, value in expected_metrics(ranks[chosen].tolist()).items():
+        assert found["history 2-4"][name] == pytest.approx(value, abs=1e-12), name
+
+
+def test_coverage_counts_items_in_anyones_list(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    scores = torch.rand(40, 25, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 1, 25)
+    coverage = Coverage([1, 3], 25)
+    for rows in torch.arange(40).split(7):
+        inside = torch.isin(case[2][0], rows)
+        coverage.update(scores[rows], case[2][:, inside] - torch.tensor([[int(rows[0])], [0]]))
+    for k in (1, 3):
+        shown = set()
+        for row, history in zip(scores.tolist(), histories(case[2], 40), strict=True):
+            unseen = [item for item in range(1, 26) if item not in history]
+            shown |= set(sorted(unseen, key=lambda item: -row[item - 1])[:k])
+        assert coverage.compute()[f"coverage@{k}"] == len(shown) / 25
+    assert 0 < coverage.compute()["coverage@1"] < coverage.compute()["coverage@3"] < 1
+
+
+def test_what_is_seen_or_unknown_is_shown_to_nobody() -> None:
+    coverage = Coverage([3], 4)
+    unknown = torch.finfo(torch.float32).min
+    coverage.update(torch.tensor([[2.0, 3.0, unknown, 1.0]]), torch.tensor([[0], [2]]))
+    assert coverage.compute() == {"coverage@3": 0.5}
+
+
 def test_ties_are_the_share_of_users_with_one() -> None:
     metrics = RankingMetrics([1], [1])
     metrics.update(torch.tensor([0.5, 1.0, 2.0, 0.0]), torch.tensor([1, 2, 0, 0]), torch.zeros(4, dtype=torch.int64))
@@ -171,10 +209,17 @@ def test_merged_halves_equal_the_whole(case: tuple[Tensor, Tensor, Tensor, Tenso
     assert_close(half.compute(), filled(case).compute())
 
 
+def covered(users: slice = slice(None)) -> Coverage:
+    """Each of 40 users is shown two items of 100, some of them another's."""
+    coverage = Coverage([1, 2], 100)
+    coverage.update(torch.rand(40, 100, generator=torch.Generator().manual_seed(2))[users], NOTHING)
+    return coverage
+
+
 def _rank_of_two(rank: int, file: str, case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    found = filled(case, slice(0, 13) if rank == 0 else slice(13, None)).compute()
-    torch.save(found, f"{file}.{rank}")
+    users = slice(0, 13) if rank == 0 else slice(13, None)
+    torch.save((filled(case, users).compute(), covered(users).compute()), f"{file}.{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -182,7 +227,9 @@ def test_two_processes_each_report_the_whole(case: tuple[Tensor, Tensor, Tensor,
     file = str(tmp_path / "store")
     torch.multiprocessing.spawn(_rank_of_two, (file, case), nprocs=2)
     for rank in range(2):
-        assert_close(torch.load(f"{file}.{rank}"), filled(case).compute())
+        metrics, coverage = torch.load(f"{file}.{rank}")
+        assert_close(metrics, filled(case).compute())
+        assert coverage == covered().compute() != covered(slice(0, 13)).compute()
 
 
 def test_ranks_are_exact_under_a_coarse_default_dtype() -> None:

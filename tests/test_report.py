@@ -1,6 +1,6 @@
 """Tables for people."""
 
-from hllm.report import full_report, protocol_line, results_table, text_table
+from hllm.report import frequency_table, full_report, protocol_line, results_table, text_table
 
 VALUES = {"users": 100, "hr@10": 0.2, "ndcg@10": 0.125, "mrr": 0.5, "ties": 0.0}
 RESULTS = {
@@ -37,6 +37,30 @@ def test_the_report_breaks_results_down_by_training_frequency() -> None:
     report = full_report(RESULTS, IDENTITY, "mine")
     row = next(line for line in report.splitlines() if line.startswith("| 10+ times"))
     assert [cell.strip() for cell in row.split("|")[2:6]] == ["70", "0.2000", "0.3000", "0.1250"]
+
+
+def test_results_by_history_length_have_a_table_of_their_own() -> None:
+    results = {split: groups | {"history 5-9": VALUES | {"users": 40}} for split, groups in RESULTS.items()}
+    report = full_report(results, IDENTITY, "mine")
+    row = next(line for line in report.splitlines() if line.startswith("| 5-9 "))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["40", "0.2000"]
+    assert "events before the target" not in full_report(RESULTS, IDENTITY, "mine")
+    assert "5-9" not in frequency_table(results, "mine")
+
+
+def test_items_held_out_of_training_are_called_cold() -> None:
+    results = {split: groups | {"0": VALUES} for split, groups in RESULTS.items()}
+    cold = full_report(results, IDENTITY | {"protocol": "leave_one_out cold 10% seed 0"}, "mine")
+    assert "| cold " in cold
+    assert "0 times" not in cold.replace("10 times", "")
+    assert "| 0 times" in full_report(results, IDENTITY, "mine")
+
+
+def test_coverage_of_the_first_length_stands_beside_the_metrics() -> None:
+    values = VALUES | {"coverage@10": 0.75, "coverage@50": 0.9}
+    lines = results_table({split: {"all": values} for split in ("test", "popularity")}, "mine").splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["hr@10", "ndcg@10", "mrr", "coverage@10"]
+    assert lines[3].split("|")[5].strip() == "0.7500"
 
 
 def test_a_protocol_of_several_targets_a_user_counts_predictions() -> None:

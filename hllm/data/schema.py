@@ -124,6 +124,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.users)
 
+    @property
+    def history_lengths(self) -> Tensor:
+        """(B,) int64 events before the target, in evaluation: also those older than L."""
+        return torch.bincount(self.seen[0], minlength=len(self))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """A copy on a device; Lightning calls this."""
         return type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))

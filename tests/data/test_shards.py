@@ -178,7 +178,7 @@ def test_a_checkpoint_ranks_every_user_as_it_does_in_one_piece(
             trainer = build_trainer(id_run.config, tmp_path, [], [])
             trainer.test(module, data, verbose=False)
         columns = (torch.cat(column) for column in zip(*module.test_ranks, strict=True))
-        users, targets, places = columns
+        users, targets, places, _ = columns
         return Counter(
             zip(data.user_ids(users.numpy()), targets.tolist(), places.tolist(), strict=True)
         ), module.results
