@@ -6,6 +6,7 @@ n events of a row, D width.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ import torch
 from hydra.utils import get_class
 from torch import Tensor, nn
 
-from hllm.config import compose
+from hllm.config import LLMConfig, LLMUserConfig, compose
+from hllm.items.backbone import load_trainable
+from hllm.items.files import LLMFiles
+from hllm.users import hstu as hstu_module
+from hllm.users.llm import UserLLM
 
 DIM, HEADS, LENGTH = 8, 2, 6
 Weights = dict[str, Tensor]
@@ -139,7 +144,162 @@ def transformer(weights: Weights, x: Tensor) -> Tensor:
 def test_a_transformer_equals_its_equations(name: str, changes: list[str], reference: Reference, rows: Any) -> None:
     x, mask, times = rows
     model = tower(name, *changes)
-    found = model(x, mask, times)
+    found = model(x, mask, times, None)
     for row, count in enumerate(mask.sum(1)):
         expected = reference(dict(model.state_dict()), x[row, :count])
         torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
+
+
+def hstu(weights: Weights, x: Tensor, events: Tensor, queries: Tensor, scale: float, heads: int = HEADS) -> Tensor:
+    """The equations of arXiv 2402.17152 with the biases that there are weights of.
+
+    Args:
+        events: (n,) seconds. queries: (n,) seconds at which each prediction is made.
+    """
+    x = scale * x + weights["position.weight"][: len(x)]
+    block = 0
+    while f"blocks.{block}.uvqk.weight" in weights:
+        name = f"blocks.{block}"
+        projected = plain_norm(x) @ weights[f"{name}.uvqk.weight"].T
+        u, v, q, k = (projected * sigmoid(projected)).chunk(4, dim=-1)
+        attended = torch.zeros_like(v)
+        width = DIM // heads
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            for i in range(len(x)):
+                for j in range(i + 1):
+                    score = q[i, own] @ k[j, own]
+                    if f"{name}.position_bias" in weights:
+                        score = score + weights[f"{name}.position_bias"][i - j]
+                    if f"{name}.time_bias" in weights:
+                        seconds = max(abs(int(queries[i]) - int(events[j])), 1)
+                        score = score + weights[f"{name}.time_bias"][min(int(math.log(seconds) / 0.301), 9)]
+                    attended[i, own] += score * sigmoid(score) * v[j, own] / LENGTH
+        x = x + linear(weights, f"{name}.out", plain_norm(attended) * u)
+        block += 1
+    return x
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+HSTUS = {
+    "both biases": ["hstu"],
+    "one head": ["hstu", "user.num_heads=1"],
+    "no position bias": ["hstu", "user.relative_position_bias=false"],
+    "no time bias": ["hstu", "user.relative_time_bias=false"],
+    "no bias": ["hstu", "user.relative_position_bias=false", "user.relative_time_bias=false"],
+    "large": ["hstu_large"],
+    "bytedance": ["hstu_bytedance"],
+}
+
+
+def hstu_tower(name: str, *changes: str) -> tuple[nn.Module, float, int]:
+    """The model, what item vectors are multiplied by, and its heads."""
+    buckets = [] if name == "hstu_bytedance" else ["user.num_time_buckets=10"]
+    heads = 1 if "user.num_heads=1" in changes else HEADS
+    scale = 1.0 if name == "hstu_bytedance" else math.sqrt(DIM)
+    return tower(name, *buckets, *changes), scale, heads
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["target time hidden", "target time known"])
+@pytest.mark.parametrize("form", HSTUS.values(), ids=HSTUS)
+def test_hstu_equals_its_equations(form: list[str], known: bool, rows: Any) -> None:
+    x, mask, times = rows
+    model, scale, heads = hstu_tower(*form)
+    targets = times + 7_000 * (1 + torch.arange(LENGTH)) * mask
+    found = model(x, mask, times, targets if known else None)
+    for row, count in enumerate(mask.sum(1)):
+        queries = (targets if known else times)[row, :count]
+        weights = dict(model.state_dict())
+        expected = hstu(weights, x[row, :count], times[row, :count], queries, scale, heads)
+        torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("form", HSTUS.values(), ids=HSTUS)
+def test_hstus_gradients_are_those_of_its_equations(
+    form: list[str], at_once: int, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its attention takes the rows of a batch in pieces."""
+    pieces = [slice(begin, begin + at_once) for begin in range(0, 3, at_once)]
+    monkeypatch.setattr(hstu_module, "_chunks", lambda q: pieces)
+    x, mask, times = rows
+    model, scale, heads = hstu_tower(*form)
+    x.requires_grad_()
+    model(x, mask, times, None)[mask].sin().sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()} | {"x": x.grad}
+    model.zero_grad()
+    x.grad = None
+    weights = dict(model.named_parameters())
+    for row, count in enumerate(mask.sum(1)):
+        own = times[row, :count]
+        hstu(weights, x[row, :count], own, own, scale, heads).sin().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()} | {"x": x.grad}
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert gradient.any(), name
+        # those of the biases are summed in float32
+        torch.testing.assert_close(
+            found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, of=name: f"{of}: {text}"
+        )
+
+
+def test_hstu_1b_has_the_published_number_of_weights_in_its_blocks() -> None:
+    """22 blocks of 32 heads, 2,048 wide: the 462 M of the HLLM paper, of which 461.4 M are in the blocks."""
+    config = compose(["user=hstu_1b", "items=id"])
+    with torch.device("meta"):
+        model = get_class(config.user._target_)(config.user, 50)
+    assert sum(parameter.numel() for parameter in model.blocks.parameters()) == 461_418_496
+    assert (len(model.blocks), model.blocks[0].num_heads) == (22, 32)
+
+
+def llama(weights: Weights, x: Tensor, heads: int, key_heads: int) -> Tensor:
+    """A Llama's decoder (arXiv 2302.13971) on vectors in place of words: RMS norms, rotary positions, shared keys."""
+
+    def rms(name: str, x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"]
+
+    def turned(x: Tensor, place: int) -> Tensor:
+        half = len(x) // 2
+        angles = torch.tensor([place / 10_000 ** (pair / half) for pair in range(half)])
+        a, b = x[:half], x[half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
+
+    layer = 0
+    while (block := f"model.layers.{layer}") + ".self_attn.q_proj.weight" in weights:
+        normed = rms(f"{block}.input_layernorm", x)
+        q, k, v = (linear(weights, f"{block}.self_attn.{part}_proj", normed) for part in "qkv")
+        width = q.shape[1] // heads
+        attended = torch.zeros_like(q)
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            shared = slice(head * key_heads // heads * width, (head * key_heads // heads + 1) * width)
+            for i in range(len(x)):
+                scores = [turned(q[i, own], i) @ turned(k[j, shared], j) / math.sqrt(width) for j in range(i + 1)]
+                exps = torch.stack(scores).exp()
+                attended[i, own] = (exps / exps.sum()) @ v[: i + 1, shared]
+        x = x + linear(weights, f"{block}.self_attn.o_proj", attended)
+        normed = rms(f"{block}.post_attention_layernorm", x)
+        gate, up = (linear(weights, f"{block}.mlp.{part}_proj", normed) for part in ("gate", "up"))
+        x = x + linear(weights, f"{block}.mlp.down_proj", gate * sigmoid(gate) * up)
+        layer += 1
+    assert layer == 2
+    return rms("model.norm", x)
+
+
+def test_the_user_llm_equals_a_llamas_equations(
+    tiny_family: Callable[[str], Path], llm_config: Callable[..., LLMConfig]
+) -> None:
+    """The tower of SASRec-1B: with items=id items.dim=512 its inputs are ids through a linear map."""
+    folder = tiny_family("llama")
+    loaded, _ = load_trainable(LLMFiles("tiny", folder), llm_config(folder))
+    model = UserLLM(loaded, LLMUserConfig(name="llm"), LENGTH).eval()
+    mask = torch.arange(LENGTH) < torch.tensor([[6], [3], [1]])
+    x = torch.randn(3, LENGTH, model.dim, generator=torch.Generator().manual_seed(1))
+    found = model(x, mask, torch.zeros_like(mask, dtype=torch.int64), None)
+    for row, count in enumerate(mask.sum(1)):
+        expected = llama(dict(model.state_dict()), x[row, :count], heads=4, key_heads=2)
+        torch.testing.assert_close(found[row, :count], expected, atol=1e-5, rtol=1e-5)
