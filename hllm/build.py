@@ -19,6 +19,7 @@ from torch import nn
 from hllm.collapse import CollapseGuard, FiniteLoss
 from hllm.config import (
     CachedItemsConfig,
+    BinaryLossConfig,
     CELossConfig,
     Config,
     Dtype,
@@ -27,6 +28,7 @@ from hllm.config import (
     IdItemsConfig,
     LLMItemsConfig,
     LLMUserConfig,
+    NCELossConfig,
     Strategy,
     TrainerConfig,
     TransformerConfig,
@@ -119,19 +121,31 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
         users=users,
         user=config.user,
         head=SimilarityHead(config.head),
-        loss=get_class(config.loss._target_)(config.loss),
+        loss=get_class(config.loss._target_)(config.loss, _pool_counts(datamodule)),
         optimizer=config.optimizer,
         evaluation=config.evaluation,
         train_counts=datamodule.train_counts,
-        data_identity={
-            "dataset": config.dataset.name,
-            "protocol": config.dataset.protocol_name,
-            "catalogue": datamodule.catalog.fingerprint,
-            "interactions": datamodule.fingerprint,
-        },
+        data_identity=data_identity(config, datamodule),
         hyperparameters=hyperparameters,
+        pool=datamodule.pool,
         times=EventTimes(config.user, dim) if config.user.time_features or config.user.time_gaps else None,
     )
+
+
+def data_identity(config: Config, datamodule: DataModule) -> dict[str, str]:
+    """What two runs must share for their numbers to be of the same thing."""
+    return {
+        "dataset": config.dataset.name,
+        "protocol": config.dataset.protocol_name,
+        "catalogue": datamodule.catalog.fingerprint,
+        "interactions": datamodule.fingerprint,
+    }
+
+
+def _pool_counts(datamodule: DataModule) -> torch.Tensor:
+    """(P + 1,) training events of each item that a loss may know, by its place among them."""
+    counts = datamodule.train_counts
+    return counts if datamodule.pool is None else torch.cat([counts[:1], counts[datamodule.pool]])
 
 
 def _drawn(config: Config) -> Config:
@@ -168,9 +182,11 @@ def _build_items(config: Config, datamodule: DataModule, dim: int, loaded: tuple
     files = locate(llm, cache, weights=llm.pretrained)
     model, tokenizer = loaded or load_trainable(files, llm)
     check_fit(files.name, model, tokenizer, llm)
-    if isinstance(config.loss, CELossConfig) and datamodule.num_items > MANY_ITEMS:
+    own_negatives = isinstance(config.loss, NCELossConfig) and config.loss.per_position
+    reads_all = isinstance(config.loss, CELossConfig | BinaryLossConfig) or own_negatives
+    if reads_all and datamodule.num_items > MANY_ITEMS:
         log.warning(
-            "loss=%s scores all %d items in each step, and items=llm encodes what is scored: loss=nce draws some",
+            "loss=%s reads all %d items in each step, and items=llm encodes what is read: loss=nce draws some",
             config.loss.name,
             datamodule.num_items,
         )

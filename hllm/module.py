@@ -50,9 +50,12 @@ class Recommender(L.LightningModule):
         data_identity: what a checkpoint must share with the data it is used on, by name (fingerprint, protocol).
         hyperparameters: the run's config as plain values; stored in checkpoints.
         times: what is added to item vectors of when their events happened.
+        pool: (P,) ascending ids of the items that training may know, where others are not even to be negatives; None:
+            all.
     """
 
     train_counts: Tensor
+    pool: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Recommender(L.LightningModule):
         data_identity: dict[str, str],
         hyperparameters: dict[str, Any],
         times: EventTimes | None = None,
+        pool: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters({"config": hyperparameters})
@@ -75,6 +79,7 @@ class Recommender(L.LightningModule):
         self.times = times
         self.optimizer_config, self.data_identity = optimizer, data_identity
         self.register_buffer("train_counts", train_counts, persistent=False)
+        self.register_buffer("pool", pool, persistent=False)
         self.val_metrics, self.test_metrics, self.popularity_metrics = (
             RankingMetrics(evaluation.ks, evaluation.bucket_edges, evaluation.history_edges) for _ in range(3)
         )
@@ -127,15 +132,18 @@ class Recommender(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         supervised = batch.targets > 0
-        targets = batch.targets[supervised]  # (N,)
-        candidates = self.loss.candidates(gather_ids(targets), self.items.num_items)
-        ids = torch.cat([batch.items[batch.mask], candidates.ids]).unique()
+        targets, num_items = batch.targets[supervised], self.items.num_items  # (N,)
+        if self.pool is not None:  # the loss knows items by their places in it
+            targets, num_items = torch.searchsorted(self.pool, targets) + 1, len(self.pool)
+        candidates = self.loss.candidates(gather_ids(targets), num_items)
+        offered = candidates.ids if self.pool is None else self.pool[candidates.ids - 1]
+        ids = torch.cat([batch.items[batch.mask], offered]).unique()
         if self.items.collective:
             ids = gather_ids(ids).unique()
         vectors, scored = self.items.sides(ids)
         users = self(batch, ids, vectors)[supervised]  # (N, D)
-        excluded = _history_mask(batch, candidates.ids)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
-        items = _lookup(candidates.ids, ids, scored)
+        excluded = _history_mask(batch, offered)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
+        items = _lookup(offered, ids, scored)
         loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded)
         # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
         weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)

@@ -8,7 +8,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from hllm.data.cold import draw_cold, hold_out
 from hllm.data.prepare import Prepared, RawEvents, prepare
 from hllm.data.schema import Array32, Array64, Batch, Catalog, Interactions
 from hllm.data.sequences import SequenceDataset
-from hllm.data.splits import Rows, Splits, split, train_counts, train_rows
+from hllm.data.splits import Rows, Splits, keep_users, split, train_counts, train_rows
 from hllm.data.store import PreparedStore
 from hllm.disk import file_digest
 from hllm.distributed import world_size
@@ -72,7 +72,8 @@ class DataModule(L.LightningDataModule, ABC):
     """A data set: its items, batches of its users' histories, and who the users are.
 
     After ``setup`` it holds ``catalog`` and ``train_counts`` (I + 1,) int64: how often each item occurs in the training
-    events; entry 0, padding, is 0. Users are numbers from 0; batches carry them.
+    events; entry 0, padding, is 0. Users are numbers from 0; batches carry them. Where items are held out of training
+    ``pool`` holds the (P,) ids of the others, the only ones that a loss may know.
 
     Args:
         config: the dataset group.
@@ -85,6 +86,7 @@ class DataModule(L.LightningDataModule, ABC):
         self.cache_dir = cache_dir
         self.catalog: Catalog
         self.train_counts: torch.Tensor
+        self.pool: torch.Tensor | None = None
 
     @property
     def num_items(self) -> int:
@@ -274,6 +276,11 @@ class SequenceDataModule(DataModule):
         if self.config.cold_items:
             cold = draw_cold(len(catalog), self.config.cold_items, self.config.split.seed)
             self.events, self.splits = hold_out(interactions, self.splits, cold, self.config.window)
+            self.pool = torch.from_numpy(np.flatnonzero(~cold)[1:])
+        if self.config.train_users < 1:
+            first, seed = self.events.offsets[:-1], self.config.split.seed
+            ends = keep_users(self.splits.train_ends, first, self.config.train_users, seed)
+            self.splits = replace(self.splits, train_ends=ends)
         self.train_counts = torch.from_numpy(train_counts(self.events, self.splits.train_ends, len(catalog)))
         log.info(
             "%s: %d interactions, %d users, %s; protocol %s; fingerprint %s; %s in %.1f s",

@@ -150,6 +150,21 @@ def _temporal(interactions: Interactions, config: SplitConfig, max_history: int)
     return Splits(bounds[0], rows[0], rows[1], needs="an event after the cut and one before it")
 
 
+def keep_users(train_ends: Array64, first: Array64, share: float, seed: int) -> Array64:
+    """(U,) ends of training with a share of the trained users left; a larger share of one seed holds a smaller one.
+
+    Args:
+        train_ends: (U,) one past each user's last training event.
+        first: (U,) each user's first event: where training ends that has none.
+        share: above 0 and at most 1, rounded to a user.
+    """
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(train_ends > first))
+    left_out = order[round(share * len(order)) :]
+    ends = train_ends.copy()
+    ends[left_out] = first[left_out]
+    return ends
+
+
 def ranges(values: Array64, begins: Array64, ends: Array64) -> tuple[Array64, Array64]:
     """Every whole number of ``begins[n]:ends[n]``, and ``values[n]`` beside it."""
     lengths = ends - begins

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from hllm.build import build_datamodule
+from hllm.build import build_datamodule, build_module
 from hllm.config import Config, compose
 from hllm.data.base import SequenceDataModule
 from hllm.data.cold import draw_cold
@@ -81,6 +83,29 @@ def test_items_count_in_training_unless_they_are_cold(data: SequenceDataModule, 
         for item, _ in events(data, user)[:-2]:
             counts[item] += item not in cold
     assert data.train_counts.tolist() == counts
+
+
+@pytest.mark.parametrize("loss", [["loss=ce"], ["loss=nce", "loss.num_negatives=200"]])
+def test_no_loss_knows_cold_items_even_as_negatives(
+    loss: list[str], run_config: Callable[..., Config], cold: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config("items=id", "user.dropout=0.0", f"dataset.cold_items={SHARE}", *loss)
+    data = build_datamodule(config)
+    module = build_module(config, data)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    batch = next(iter(data.train_dataloader()))
+    found = module.training_step(batch, 0)
+    found.backward()
+    moved = module.items.table.weight.grad.abs().sum(1) > 0
+    assert set(moved.nonzero().flatten().tolist()) == set(range(1, NUM_ITEMS + 1)) - cold
+    warm = torch.tensor(sorted(set(range(1, NUM_ITEMS + 1)) - cold))
+    table = module.items.all()
+    supervised = batch.targets > 0
+    users = module(batch, torch.arange(1, NUM_ITEMS + 1), table)[supervised]
+    labels = torch.searchsorted(warm, batch.targets[supervised])
+    # so many negatives are drawn that nce has each of these too
+    scores = module.head.score(users, module.head.table(table[warm - 1]))
+    assert found.item() == pytest.approx(F.cross_entropy(scores, labels).item())
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])

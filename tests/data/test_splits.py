@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hllm.config import DatasetConfig, Protocol, SplitConfig, TemporalTarget, TrainRows
 from hllm.data.schema import Interactions
-from hllm.data.splits import Rows, Splits, evaluated_users, split, temporal_cuts, train_counts, train_rows
+from hllm.data.splits import Rows, Splits, evaluated_users, keep_users, split, temporal_cuts, train_counts, train_rows
 
 LEAVE_ONE_OUT = (Protocol.leave_one_out, Protocol.leave_one_out_official)
 MAX_HISTORIES = st.sampled_from([1, 2, 3, 7, 100])
@@ -283,3 +283,26 @@ def test_train_counts_equal_a_loop(data: Interactions, config: DatasetConfig, se
     splits = split(data, config)
     counts = Counter(int(items[e]) for own in trained(data, splits) for e in own)
     assert train_counts(data, splits.train_ends, num_items=6).tolist() == [counts[item] for item in range(7)]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.3, 2), (0.5, 4), (1.0, 7)])
+def test_a_share_of_the_trained_users_is_trained_on(share: float, kept: int) -> None:
+    data = of_lengths(5, 1, 5, 4, 9, 2, 6, 5)
+    first, ends = data.offsets[:-1], data.offsets[1:].copy()
+    ends[1] = first[1]  # one that is not trained anyway
+    found = keep_users(ends, first, share, seed=0)
+    trained = found > first
+    assert trained.sum() == kept
+    assert (found[trained] == ends[trained]).all()
+    assert (found[~trained] == first[~trained]).all()
+    rows = train_rows(data, found, 10, TrainRows.windows)
+    counts = train_counts(data, found, len(data))
+    assert set(rows.users) == set(np.flatnonzero(trained & (ends - first > 1)))
+    assert counts.sum() == (found - first).sum()
+
+
+def test_more_users_hold_those_of_a_smaller_share() -> None:
+    data = of_lengths(*[3] * 20)
+    small, large = (keep_users(data.offsets[1:], data.offsets[:-1], share, seed=3) for share in (0.2, 0.6))
+    assert (large[small > data.offsets[:-1]] > data.offsets[:-1][small > data.offsets[:-1]]).all()
+    assert (keep_users(data.offsets[1:], data.offsets[:-1], 0.2, seed=4) != small).any()
