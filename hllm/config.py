@@ -337,7 +337,7 @@ class SplitConfig:
     fractions: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     "Train, validation and test share: of the users (user_split), of the events in order of time (temporal)."
     seed: int = 0
-    "Which users go where (user_split); which items are cold (dataset.cold_items)."
+    "Which users go where (user_split), which items are cold (cold_items), which users are trained on (train_users)."
     target: TemporalTarget = TemporalTarget.last
     "Which of a user's events after the cut is predicted (temporal)."
 
@@ -373,6 +373,8 @@ class DatasetConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     cold_items: float = 0.0
     "Share of the items held out of training, drawn by split.seed, and ranked among all; docs/evaluation.md."
+    train_users: float = 1.0
+    "Share of the training users that are trained on, drawn by split.seed; who is evaluated does not change."
     train_rows: TrainRows | None = None
     "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
     max_history: int = 100
@@ -398,6 +400,7 @@ class DatasetConfig:
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
         _fraction("dataset.cold_items", self.cold_items)
+        _require(0 < self.train_users <= 1, "dataset.train_users", self.train_users, "must be above 0 and at most 1")
         official = self.protocol is Protocol.leave_one_out_official
         if self.train_rows is not None:
             allowed = (TrainRows.chunks, TrainRows.latest) if official else (TrainRows.windows, TrainRows.prefixes)
@@ -433,6 +436,8 @@ class DatasetConfig:
             name += f" {shares} {self.split.target.name}"
         if self.cold_items:
             name += f" cold {100 * self.cold_items:g}% seed {self.split.seed}"
+        if self.train_users < 1:
+            name += f" trained on {100 * self.train_users:g}% of users seed {self.split.seed}"
         return name + (" legacy_sort" if self.legacy_sort else "")
 
 
@@ -532,6 +537,12 @@ class ShardedConfig(DatasetConfig):
             "dataset.cold_items",
             self.cold_items,
             "dataset=sharded has no view without an item's events: read the files by another dataset, or set 0",
+        )
+        _require(
+            self.train_users == 1,
+            "dataset.train_users",
+            self.train_users,
+            "dataset=sharded trains on all users of its shards: read the files by another dataset, or set 1",
         )
         _require(
             self.num_workers == 0,
@@ -898,12 +909,12 @@ class NCELossConfig(LossConfig):
                 "is a cosine: must be above -1 and below 1",
             )
         for name, value in (("in_batch", False), ("distinct", False), ("similarity_threshold", None)):
-            given = getattr(self, name)
+            given, needed = getattr(self, name), "null" if value is None else "false"
             _require(
                 not self.per_position or given == value,
                 f"loss.{name}",
                 given,
-                f"loss.per_position=true has uniform negatives only, each counted: set {'null' if value is None else 'false'}",
+                f"loss.per_position=true has uniform negatives only, each counted: set {needed}",
             )
 
 
