@@ -76,7 +76,7 @@ class PointwiseAttention(torch.autograd.Function):
         length, future = q.shape[2], _future(q)
         by_distance = _by_distance(position_bias, length)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        pairs = q.new_zeros(length, length)  # gradient of the score of a query and a key, summed over users and heads
+        pairs = q.new_zeros(length, length, dtype=torch.float32 if q.dtype is torch.bfloat16 else q.dtype)  # gradient of the score of a query and a key, summed over users and heads
         time_grad = None if time_bias is None else torch.zeros_like(time_bias)
         grad = grad / ctx.n
         for rows in _chunks(q):
