@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hllm.build import build_datamodule, build_module, cache_dir
@@ -307,3 +308,26 @@ def test_stage_two_equals_training_beside_a_frozen_item_llm(
     assert gradients.keys() == expected.keys() > {"head.log_scale", "users.model.norm.weight"}
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_sasrec_1b_reads_and_scores_ids_through_one_linear_map(
+    make_module: Callable[..., tuple[Recommender, Batch]], tiny_llama: Path
+) -> None:
+    """The official LLMIDRec: a random LLM; inputs, positives and negatives are rows of one table, mapped alike."""
+    module, batch = make_module(
+        "items=id", "items.dim=24", "user=llm", "user.pretrained=false", "loss=nce_official_ids", "loss.num_negatives=7"
+    )
+    stored = load_file(tiny_llama / "model.safetensors")
+    assert not torch.equal(module.users.model.layers[0].mlp.up_proj.weight, stored["layers.0.mlp.up_proj.weight"])
+    assert module.items.table.weight[1:].std().item() == pytest.approx(0.02, rel=0.1)
+    assert module.items.projector.weight.shape == (D, 24)
+    assert module.items.projector.bias is None
+    assert module.head.scale().item() == pytest.approx(20)
+    ids = torch.arange(1, 31)
+    mapped = module.items.table.weight[1:] @ module.items.projector.weight.T
+    for side in module.items.sides(ids):
+        torch.testing.assert_close(side, mapped)
+    module.training_step(batch, 0).backward()
+    for weight in (module.items.table.weight, module.items.projector.weight, *module.users.parameters()):
+        assert weight.grad is not None
+        assert weight.grad.any()
