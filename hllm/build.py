@@ -18,8 +18,8 @@ from torch import nn
 
 from hllm.collapse import CollapseGuard, FiniteLoss
 from hllm.config import (
-    CachedItemsConfig,
     BinaryLossConfig,
+    CachedItemsConfig,
     CELossConfig,
     Config,
     Dtype,

@@ -1,15 +1,28 @@
-"""Both losses against a few lines of plain arithmetic."""
+"""Every loss against a few lines of plain arithmetic."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hllm.config import CELossConfig, HeadConfig, NCELossConfig, ScoreDtype, Similarity
+from hllm.config import BinaryLossConfig, CELossConfig, HeadConfig, NCELossConfig, ScoreDtype, Similarity, compose
 from hllm.head import SimilarityHead
-from hllm.losses import Candidates, CrossEntropyLoss, NCELoss, info_nce_loss, softmax_loss
+from hllm.losses import (
+    BinaryLoss,
+    Candidates,
+    CrossEntropyLoss,
+    Loss,
+    NCELoss,
+    binary_loss,
+    calibration_beta,
+    info_nce_loss,
+    own_nce_loss,
+    own_scores,
+    softmax_loss,
+)
 
 HEAD = SimilarityHead(HeadConfig(Similarity.cosine, temperature=0.07))
 DOT = SimilarityHead(HeadConfig(Similarity.dot, temperature=1.0))
@@ -22,7 +35,7 @@ def vectors() -> tuple[Tensor, Tensor]:
     return torch.randn(11, 4, generator=generator), torch.randn(7, 4, generator=generator)
 
 
-def nce(**changes: object) -> NCELoss:
+def nce(**changes: Any) -> NCELoss:
     return NCELoss(NCELossConfig(name="nce", _target_="", **changes))
 
 
@@ -347,3 +360,227 @@ def test_losses_of_zero_vectors_are_finite() -> None:
     assert loss.item() == pytest.approx(math.log(5), abs=1e-5)
     assert users.grad is not None
     assert users.grad.isfinite().all()
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def skewed(num_items: int) -> tuple[Tensor, Tensor]:
+    """An item table of width 3, with gradient, and (I + 1,) training counts, item r's in proportion to 1/r."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.cat([torch.zeros(1), 900 / torch.arange(1, num_items + 1)]).long()
+    return torch.randn(num_items, 3, generator=generator).requires_grad_(), counts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_negatives": 0},
+        {"num_negatives": 0, "distinct": False},
+        {"num_negatives": 20},
+        {"num_negatives": 20, "distinct": False},
+        {"num_negatives": 20, "in_batch": False},
+        {"num_negatives": 20, "in_batch": False, "distinct": False},
+        {"num_negatives": 20, "in_batch": False, "distinct": False, "per_position": True},
+    ],
+)
+def test_logq_brings_the_gradient_of_a_sample_to_that_of_the_full_softmax(changes: dict[str, Any]) -> None:
+    """On average over draws of all targets, which their users are near to, and of uniform negatives."""
+    table, counts = skewed(60)
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.multinomial(counts[1:].double(), 150 * 48, replacement=True, generator=generator) + 1
+    far = []
+    for logq in (False, True):
+        torch.manual_seed(1)
+        loss, difference = NCELoss(NCELossConfig("nce", "", **changes, logq=logq), counts), torch.zeros_like(table)
+        for targets in draws.view(150, 48):
+            candidates, users = loss.candidates(targets, 60), 0.5 * table.detach()[targets - 1]
+            sampled, _ = loss(users, table[candidates.ids - 1], candidates, targets, DOT)
+            difference += gradients(sampled - softmax_loss(users, table, targets - 1, DOT, 64), table)[0]
+        far.append(difference.norm().item())
+    assert far[1] < 0.6 * far[0]
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_with_the_whole_catalogue_as_sample_the_corrected_loss_is_the_full_softmax(in_batch: bool) -> None:
+    (table, counts), targets, users = skewed(8), torch.arange(48) % 8 + 1, torch.randn(48, 3, requires_grad=True)
+    loss = NCELoss(NCELossConfig("nce", "", num_negatives=500, in_batch=in_batch, logq=True), counts)
+    candidates = loss.candidates(targets, 8)
+    assert candidates.ids.tolist() == list(range(1, 9))
+    found = loss(users, table, candidates, targets, DOT)[0]
+    expected = softmax_loss(users, table, targets - 1, DOT, 64)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, users, table), gradients(expected, users, table))
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_logq_by_hand(distinct: bool) -> None:
+    """Training counts 6 and 2; three positions and four uniform draws: what each item is expected to count."""
+    loss = NCELoss(
+        NCELossConfig("nce", "", num_negatives=4, distinct=distinct, logq=True), torch.tensor([0, 6, 2, 0, 0])
+    )
+    torch.manual_seed(0)
+    found = loss.candidates(torch.tensor([1, 1, 2]), num_items=4)
+    shares = [{1: 0.75, 2: 0.25}.get(item, 0.0) for item in found.ids.tolist()]
+    if distinct:
+        expected = [1 - (1 - share) ** 2 * 0.75**4 for share in shares]
+    else:
+        expected = [2 * share + 1 for share in shares]
+    assert found.expected is not None
+    assert found.expected.tolist() == pytest.approx(expected)
+    counts = torch.ones(len(shares)) if found.counts is None else found.counts
+    weights = found.log_weights()
+    assert weights is not None
+    torch.testing.assert_close(weights, (counts / torch.tensor(expected)).log())
+
+
+def test_the_positive_is_not_corrected() -> None:
+    """It is there with certainty: -log(e^2 / (e^2 + (1/4) e^1)), where the usual mistake divides e^2 too."""
+    offered = Candidates(torch.tensor([1, 2]), torch.tensor([True, True]), expected=torch.tensor([0.5, 4.0]))
+    loss, _ = info_nce_loss(torch.ones(1, 1), torch.tensor([[2.0], [1.0]]), offered, torch.tensor([1]), DOT)
+    assert loss.item() == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + math.exp(1) / 4)), abs=1e-6)
+
+
+@pytest.mark.parametrize("excluding", [False, True])
+@pytest.mark.parametrize("distinct", [True, False])
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_shared_negatives_have_the_gradients_of_a_plain_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, in_batch: bool, distinct: bool, excluding: bool
+) -> None:
+    """In several chunks; the (N, M) scores, weights and masks written out."""
+    monkeypatch.setattr("hllm.losses.default_chunk_size", lambda *_: 5)
+    torch.manual_seed(0)
+    targets, users, table = torch.randint(1, 10, (12,)), torch.randn(12, 3), torch.randn(9, 3)
+    found = nce(in_batch=in_batch, distinct=distinct, num_negatives=6).candidates(targets, 9)
+    excluded = torch.rand(12, len(found.ids)) < 0.3 if excluding else None
+    results = []
+    for plain in (False, True):
+        leaves = users.clone().requires_grad_(), table[found.ids - 1].clone().requires_grad_()
+        head = SimilarityHead(HeadConfig(learned=True))
+        if plain:
+            is_target = found.ids == targets[:, None]
+            left_out = ~found.negative if excluded is None else ~found.negative | excluded
+            weights = torch.zeros(len(found.ids)) if found.counts is None else found.counts.clamp(min=1).log()
+            scores = head(*leaves) + weights * ~is_target
+            scores = scores.masked_fill(left_out & ~is_target, float("-inf"))
+            value = F.cross_entropy(scores, is_target.long().argmax(1))
+        else:
+            value, _ = info_nce_loss(*leaves, found, targets, head, excluded)
+        value.backward()
+        results.append((value, [leaf.grad for leaf in leaves], head.log_scale.grad))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_items", [9, 400])
+def test_own_negatives_are_uniform_over_the_other_items(num_items: int) -> None:
+    """Items tell by their scores which were drawn; the two ways of scoring."""
+    torch.manual_seed(0)
+    targets = torch.randint(1, num_items + 1, (1000,))
+    head, items = SimilarityHead(HeadConfig(Similarity.dot, 1.0)), torch.arange(num_items).float()[:, None]
+    positive, negative = own_scores(torch.ones(1000, 1), items, targets, 8, head)
+    assert positive.tolist() == (targets - 1).tolist()
+    assert negative.shape == (1000, 8)
+    assert not (negative == positive[:, None]).any()
+    assert (negative.min().item(), negative.max().item()) == (0, num_items - 1)
+    assert negative.mean().item() == pytest.approx((num_items - 1) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("num_items", [9, 400])
+def test_own_scores_have_the_gradients_of_gathered_vectors(monkeypatch: pytest.MonkeyPatch, num_items: int) -> None:
+    monkeypatch.setattr("hllm.losses.default_chunk_size", lambda *_: 5)
+    torch.manual_seed(0)
+    targets, weights = torch.randint(1, num_items + 1, (12,)), torch.randn(12, 5)
+    users, items = torch.randn(12, 3, requires_grad=True), torch.randn(num_items, 3, requires_grad=True)
+    torch.manual_seed(1)
+    found = own_scores(users, items, targets, 4, HEAD)
+    torch.manual_seed(1)
+    rows = torch.randint(num_items - 1, (12, 4))
+    rows = torch.cat([targets[:, None] - 1, rows + (rows >= targets[:, None] - 1)], dim=1)
+    expected = F.cosine_similarity(users[:, None], items[rows], dim=2) / 0.07
+    scores = torch.cat([found[0][:, None], found[1]], dim=1)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        gradients((scores * weights).sum(), users, items),
+        gradients((expected * weights).sum(), users, items),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_sampled_softmax_of_own_negatives_by_hand() -> None:
+    positive, negative = torch.tensor([math.log(2), 0.0]), torch.tensor([[0.0, math.log(3)], [float("-inf"), 0.0]])
+    expected = -(math.log(2 / 6) + math.log(1 / 2)) / 2
+    assert own_nce_loss(positive, negative).item() == pytest.approx(expected, abs=1e-6)
+    corrected = -(math.log(2 / (2 + 4 * 5)) + math.log(1 / (1 + 5))) / 2
+    assert own_nce_loss(positive, negative, math.log(5)).item() == pytest.approx(corrected, abs=1e-6)
+
+
+def test_own_negatives_of_the_official_id_baselines() -> None:
+    """Reference 8, Loss: K of each position, cosine over fix_temp 20."""
+    config = compose(["loss=nce_official_ids", "items=id"])
+    assert config.head.temperature == 0.05
+    assert isinstance(config.loss, NCELossConfig)
+    assert config.loss.num_negatives == 512
+    torch.manual_seed(0)
+    loss, targets = NCELoss(config.loss), torch.tensor([1, 2, 2])
+    found = loss.candidates(targets, 50)
+    assert found.offered().item() == 512
+    value, negatives = loss(torch.zeros(3, 4), torch.randn(50, 4), found, targets, SimilarityHead(config.head))
+    assert value.item() == pytest.approx(math.log(513), abs=1e-5)
+    assert negatives.item() == 512
+
+
+OWN = [
+    nce(num_negatives=20, in_batch=False, distinct=False, per_position=True),
+    BinaryLoss(BinaryLossConfig("bce", "", num_negatives=20)),
+]
+
+
+@pytest.mark.parametrize("loss", OWN)
+def test_excluded_items_are_no_negatives_of_a_positions_own(loss: Loss) -> None:
+    users, items = torch.randn(2, 4), torch.randn(6, 4, requires_grad=True)
+    excluded = torch.tensor([[False, True, True, True, True, True]] * 2)
+    targets = torch.tensor([1, 1])
+    value, negatives = loss(users, items, loss.candidates(targets, 6), targets, HEAD, excluded)
+    assert negatives.item() == 0
+    assert not gradients(value, items)[0][1:].any()
+
+
+@pytest.mark.parametrize("loss", OWN)
+def test_losses_with_own_negatives_are_0_without_a_position(loss: Loss) -> None:
+    none, users = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, requires_grad=True)
+    items = torch.randn(9, 4, requires_grad=True)
+    value, negatives = loss(users, items, loss.candidates(none, 9), none, HEAD)
+    value.backward()
+    assert (value.item(), negatives.item()) == (0, 0)
+
+
+def test_gbce_equals_its_formula_and_its_gradients() -> None:
+    """arXiv 2308.07192: the positive's sigmoid to the power of beta, here literally."""
+    torch.manual_seed(0)
+    positive, negative = torch.randn(7, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    beta = calibration_beta(num_items=101, num_negatives=5, calibration=0.75)
+    alpha = 5 / 100
+    assert beta == pytest.approx(alpha * (0.75 * (1 - 1 / alpha) + 1 / alpha))
+    found = binary_loss(positive, negative, beta)
+    terms = (positive.sigmoid() ** beta).log() + (1 - negative.sigmoid()).log().sum(1)
+    expected = -(terms / 6).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, positive, negative), gradients(expected, positive, negative))
+
+
+def test_without_calibration_gbce_is_bce_and_with_all_of_it_the_sampling_rate() -> None:
+    assert calibration_beta(101, 5, 0) == pytest.approx(1)
+    assert calibration_beta(101, 5, 1) == pytest.approx(0.05)
+    assert calibration_beta(4, 8, 1) == 1, "no more than all are drawn"
+    scores, labels = torch.tensor([[0.5, -1.0], [2.0, 0.3]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    expected = F.binary_cross_entropy_with_logits(scores, labels)
+    assert binary_loss(scores[:, 0], scores[:, 1:]).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_bce_of_large_scores_is_finite() -> None:
+    positive, negative = torch.tensor([-500.0], requires_grad=True), torch.tensor([[500.0]], requires_grad=True)
+    loss = binary_loss(positive, negative)
+    assert loss.item() == pytest.approx(500)
+    assert [gradient.item() for gradient in gradients(loss, positive, negative)] == pytest.approx([-0.5, 0.5])
