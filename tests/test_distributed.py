@@ -172,7 +172,7 @@ JOINT = ["items=llm", "user=llm", "optimizer=hllm", "trainer.max_epochs=1", "llm
 OFFICIAL = [*JOINT, "loss=nce_official", "loss.num_negatives=12", "head=cosine_learned"]
 CASES = {
     "official": [*OFFICIAL, "trainer.gradient_clip_val=null"],
-    "in_batch": [*JOINT, "loss=nce", "loss.num_negatives=6", "trainer.gradient_clip_val=null"],
+    "in_batch": [*JOINT, "loss=nce", "loss.num_negatives=6", "loss.logq=true", "trainer.gradient_clip_val=null"],
     "ce": [*JOINT, "loss=ce", "trainer.gradient_clip_val=null"],
     "clipped": [*OFFICIAL, "trainer.gradient_clip_val=0.05"],
     "accumulated": [*OFFICIAL, "trainer.accumulate_grad_batches=2"],
@@ -315,7 +315,8 @@ RUNS = {
     "ddp": ["trainer.strategy=auto", *OFFICIAL],
     "fsdp": ["trainer.strategy=fsdp", *OFFICIAL],
     "fsdp_mixed": ["trainer.strategy=fsdp", *OFFICIAL, "trainer.precision=bf16-mixed"],
-    "fsdp_id": ["trainer.strategy=fsdp", "items=id"],
+    "fsdp_id": ["trainer.strategy=fsdp", "items=id", "loss=gbce", "head=dot"],
+    "fsdp_fused": ["trainer.strategy=fsdp", "items=fused", "items.target=text", "items.id_dropout=0.5"],
 }
 
 
@@ -362,7 +363,7 @@ def runs(
     return {name: folder / name for name in [*RUNS, "resumed"]}
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_id", "resumed"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_id", "fsdp_fused", "resumed"])
 def test_one_process_reads_the_checkpoint_of_two_and_reports_the_same(
     runs: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
