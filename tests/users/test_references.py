@@ -161,20 +161,22 @@ def hstu(weights: Weights, x: Tensor, events: Tensor, queries: Tensor, scale: fl
     while f"blocks.{block}.uvqk.weight" in weights:
         name = f"blocks.{block}"
         projected = plain_norm(x) @ weights[f"{name}.uvqk.weight"].T
-        u, v, q, k = (projected * sigmoid(projected)).chunk(4, dim=-1)
+        gate_width = weights[f"{name}.out.weight"].shape[1]
+        key_width = projected.shape[1] // 2 - gate_width
+        u, v, q, k = (projected * sigmoid(projected)).split([gate_width, gate_width, key_width, key_width], dim=-1)
         attended = torch.zeros_like(v)
-        width = DIM // heads
         for head in range(heads):
-            own = slice(head * width, (head + 1) * width)
+            values = slice(head * gate_width // heads, (head + 1) * gate_width // heads)
+            keys = slice(head * key_width // heads, (head + 1) * key_width // heads)
             for i in range(len(x)):
                 for j in range(i + 1):
-                    score = q[i, own] @ k[j, own]
+                    score = q[i, keys] @ k[j, keys]
                     if f"{name}.position_bias" in weights:
                         score = score + weights[f"{name}.position_bias"][i - j]
                     if f"{name}.time_bias" in weights:
                         seconds = max(abs(int(queries[i]) - int(events[j])), 1)
                         score = score + weights[f"{name}.time_bias"][min(int(math.log(seconds) / 0.301), 9)]
-                    attended[i, own] += score * sigmoid(score) * v[j, own] / LENGTH
+                    attended[i, values] += score * sigmoid(score) * v[j, values] / LENGTH
         x = x + linear(weights, f"{name}.out", plain_norm(attended) * u)
         block += 1
     return x
@@ -188,6 +190,7 @@ def plain_norm(x: Tensor) -> Tensor:
 HSTUS = {
     "both biases": ["hstu"],
     "one head": ["hstu", "user.num_heads=1"],
+    "widths of its own": ["hstu", "user.qk_dim=3", "user.v_dim=5"],
     "no position bias": ["hstu", "user.relative_position_bias=false"],
     "no time bias": ["hstu", "user.relative_time_bias=false"],
     "no bias": ["hstu", "user.relative_position_bias=false", "user.relative_time_bias=false"],
