@@ -80,17 +80,25 @@ class Loss(nn.Module, ABC):
         """
 
 
-def softmax_loss(users: Tensor, items: Tensor, labels: Tensor, head: SimilarityHead, chunk_size: int) -> Tensor:
+def softmax_loss(
+    users: Tensor,
+    items: Tensor,
+    labels: Tensor,
+    head: SimilarityHead,
+    chunk_size: int,
+    products: torch.dtype = torch.float32,
+) -> Tensor:
     """Exact softmax cross entropy over all given items, mean over positions, in float32; 0 for no position.
 
     Args:
         users: (N, D). items: (I, D). labels: (N,) rows of ``items``.
         chunk_size: positions scored at a time; bounds memory to chunk_size x I scores and does not change the loss.
+        products: what the products of vectors are computed in.
     """
     with torch.autocast(users.device.type, enabled=False):
         scaled = head.prepare(users.float()) * head.scale()
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            scaled, head.prepare(items.float()), labels, chunk_size
+            scaled, head.prepare(items.float()), labels, chunk_size, products
         )
     return total / max(len(users), 1)
 
@@ -111,29 +119,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, products: torch.dtype
+    ) -> Tensor:
         users_grad, items_grad = torch.empty_like(users), torch.zeros_like(items)
         total = users.new_zeros(())
+        users, items = users.to(products), items.to(products)
         for begin in range(0, len(users), chunk_size):
             chunk = users[begin : begin + chunk_size]  # (C, D)
             label = labels[begin : begin + chunk_size, None]  # (C, 1)
-            scores = chunk @ items.T  # (C, I)
+            scores = (chunk @ items.T).float()  # (C, I)
             target_score, largest = scores.gather(1, label), scores.amax(1, keepdim=True)
             scores_grad = scores.sub_(largest).exp_()  # in place from here on: each pass over (C, I) costs
             norm = scores_grad.sum(1, keepdim=True)
             total += (norm.log() + largest - target_score).sum()
             scores_grad.div_(norm)
             scores_grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=scores.dtype))
-            torch.mm(scores_grad, items, out=users_grad[begin : begin + chunk_size])
-            items_grad.addmm_(scores_grad.T, chunk)
+            scores_grad = scores_grad.to(products)
+            users_grad[begin : begin + chunk_size] = scores_grad @ items
+            if products is torch.float32:
+                items_grad.addmm_(scores_grad.T, chunk)
+            else:
+                items_grad += scores_grad.T @ chunk
         ctx.save_for_backward(users_grad, items_grad)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         users_grad, items_grad = ctx.saved_tensors
-        return users_grad * grad, items_grad * grad, None, None
+        return users_grad * grad, items_grad * grad, None, None, None
 
 
 Mask = Callable[[slice], Tensor]
@@ -397,6 +412,7 @@ class CrossEntropyLoss(Loss):
     def __init__(self, config: CELossConfig, train_counts: Tensor | None = None) -> None:
         super().__init__()
         self.chunk_size = config.chunk_size
+        self.products: torch.dtype = getattr(torch, config.products.value)
 
     def candidates(self, targets: Tensor, num_items: int) -> Candidates:
         ids = torch.arange(1, num_items + 1, device=targets.device)
@@ -412,7 +428,7 @@ class CrossEntropyLoss(Loss):
         excluded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         chunk_size = self.chunk_size or default_chunk_size(len(items), items.device)
-        loss = softmax_loss(users, items, targets - 1, head, chunk_size)
+        loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products)
         return loss, loss.new_tensor(len(items) - 1)
 
 

@@ -584,3 +584,15 @@ def test_bce_of_large_scores_is_finite() -> None:
     loss = binary_loss(positive, negative)
     assert loss.item() == pytest.approx(500)
     assert [gradient.item() for gradient in gradients(loss, positive, negative)] == pytest.approx([-0.5, 0.5])
+
+
+def test_products_in_bfloat16_give_nearly_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    users, items = torch.randn(40, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
+    labels = torch.randint(90, (40,))
+    exact, rounded = (
+        torch.autograd.grad(softmax_loss(users, items, labels, HEAD, 16, dtype), [users, items])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        assert 0 < (one - other).norm() < 0.01 * one.norm()

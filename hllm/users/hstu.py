@@ -14,6 +14,7 @@ B users, L history length, H heads, D width.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,13 +61,14 @@ class PointwiseAttention(torch.autograd.Function):
         """(B, H, L, E), (B, H, L, E), (B, H, L, V), (>= L,) by distance, (T,) by bucket, (B, L, L) -> (B, H, L, V)."""
         ctx.save_for_backward(q, k, v, position_bias, time_bias, buckets)
         ctx.n = n
-        future = _future(q)
-        by_distance = _by_distance(position_bias, q.shape[2])
+        future, by_distance = _future(q), _by_distance(position_bias, q.shape[2])
         out = torch.empty_like(v)
-        for rows in _chunks(q):
-            scores = _scores(q[rows], k[rows], by_distance, time_bias, None if buckets is None else buckets[rows])
-            F.silu(scores, inplace=True).masked_fill_(future, 0)
-            out[rows] = scores @ v[rows] / n
+        for rows, queries, keys in _tiles(q):
+            scores = _scores(
+                q[rows, :, queries], k[rows, :, keys], by_distance, time_bias, buckets, (rows, queries, keys)
+            )
+            F.silu(scores, inplace=True).masked_fill_(future[queries, keys], 0)
+            out[rows, :, queries] = scores @ v[rows, :, keys] / n
         return out
 
     @staticmethod
@@ -75,36 +77,45 @@ class PointwiseAttention(torch.autograd.Function):
         q, k, v, position_bias, time_bias, buckets = ctx.saved_tensors
         length, future = q.shape[2], _future(q)
         by_distance = _by_distance(position_bias, length)
-        q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        pairs = q.new_zeros(length, length, dtype=torch.float32 if q.dtype is torch.bfloat16 else q.dtype)  # gradient of the score of a query and a key, summed over users and heads
-        time_grad = None if time_bias is None else torch.zeros_like(time_bias)
+        q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        summed = torch.float32 if q.dtype is torch.bfloat16 else q.dtype
+        pairs = q.new_zeros(length, length, dtype=summed)  # gradients of scores, summed over users and heads
+        time_grad = None if time_bias is None else torch.zeros_like(time_bias, dtype=summed)
         grad = grad / ctx.n
-        for rows in _chunks(q):
-            scores = _scores(q[rows], k[rows], by_distance, time_bias, None if buckets is None else buckets[rows])
+        for rows, queries, keys in _tiles(q):
+            tile, query, key = (rows, queries, keys), q[rows, :, queries], k[rows, :, keys]
+            scores = _scores(query, key, by_distance, time_bias, buckets, tile)
             gate = torch.sigmoid(scores)
-            weights = (scores * gate).masked_fill_(future, 0)
-            v_grad[rows] = weights.mT @ grad[rows]
-            # d SiLU(s) / ds = g + s g (1 - g) = g + w - w g
-            slope = gate.masked_fill_(future, 0).addcmul_(weights, 1 - gate)
-            slope *= grad[rows] @ v[rows].mT
-            q_grad[rows], k_grad[rows] = slope @ k[rows], slope.mT @ q[rows]
+            weights = (scores * gate).masked_fill_(future[queries, keys], 0)
+            v_grad[rows, :, keys] += weights.mT @ grad[rows, :, queries]
+            # d SiLU(s) / ds = g + s g (1 - g)
+            slope = gate.masked_fill(future[queries, keys], 0).addcmul_(weights, 1 - gate)
+            slope *= grad[rows, :, queries] @ v[rows, :, keys].mT
+            q_grad[rows, :, queries] = slope @ key
+            k_grad[rows, :, keys] += slope.mT @ query
             if position_bias is not None:
-                pairs += slope.sum((0, 1))
+                pairs[queries, keys] += slope.sum((0, 1), dtype=summed)
             if time_grad is not None:
-                assert buckets is not None
                 # counting is twenty times faster than the gradient of an embedding with few rows
-                flat = slope.sum(1).flatten().float()
-                counted = torch.bincount(buckets[rows].flatten(), flat, minlength=len(time_grad))
-                time_grad += counted.to(time_grad.dtype)
+                flat = slope.sum(1, dtype=summed).flatten()
+                time_grad += torch.bincount(buckets[tile].flatten(), flat, minlength=len(time_grad))
         position_grad = None if position_bias is None else _sum_by_distance(pairs, len(position_bias))
+        time_grad = None if time_grad is None else time_grad.to(time_bias.dtype)
         return q_grad, k_grad, v_grad, position_grad, time_grad, None, None
 
 
-def _chunks(q: Tensor) -> list[slice]:
-    """Users at a time: scores of half a MiB on a CPU, 512 MiB on a GPU."""
-    size = q[0, :, :, 0].numel() * q.shape[2] * 4
-    step = max((2**19 if q.device.type == "cpu" else 2**29) // max(size, 1), 1)
-    return [slice(begin, begin + step) for begin in range(0, len(q), step)]
+def _tiles(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Users, queries, and the keys up to the last of those queries: half of all pairs are not looked at.
+
+    A tile's scores take half a MiB on a CPU and 512 MiB on a GPU.
+    """
+    num_users, num_heads, length, _ = q.shape
+    block, budget = (64, 2**19) if q.device.type == "cpu" else (256, 2**29)
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        step = max(budget // (4 * num_heads * (end - begin) * end), 1)
+        for first in range(0, num_users, step):
+            yield slice(first, first + step), slice(begin, end), slice(0, end)
 
 
 def _future(q: Tensor) -> Tensor:
@@ -129,14 +140,21 @@ def _sum_by_distance(pairs: Tensor, size: int) -> Tensor:
 
 
 def _scores(
-    q: Tensor, k: Tensor, by_distance: Tensor | None, time_bias: Tensor | None, buckets: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    by_distance: Tensor | None,
+    time_bias: Tensor | None,
+    buckets: Tensor | None,
+    tile: tuple[slice, slice, slice],
 ) -> Tensor:
-    scores = q @ k.mT  # (C, H, L, L)
+    """(C, H, Q, E), (C, H, K, E), (L, L), (T,), (B, L, L) -> (C, H, Q, K)."""
+    scores = query @ key.mT
     if by_distance is not None:
-        scores += by_distance
+        scores += by_distance[tile[1:]]
     if time_bias is not None:
         assert buckets is not None
-        scores += time_bias.index_select(0, buckets.flatten()).view(buckets.shape)[:, None]
+        bucket = buckets[tile]
+        scores += time_bias.index_select(0, bucket.flatten()).view(bucket.shape)[:, None]
     return scores
 
 
