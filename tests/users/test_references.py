@@ -221,14 +221,18 @@ def test_hstu_equals_its_equations(form: list[str], known: bool, rows: Any) -> N
         torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize(("users", "queries"), [(3, 6), (1, 6), (2, 4), (3, 1)])
 @pytest.mark.parametrize("form", HSTUS.values(), ids=HSTUS)
 def test_hstus_gradients_are_those_of_its_equations(
-    form: list[str], at_once: int, rows: Any, monkeypatch: pytest.MonkeyPatch
+    form: list[str], users: int, queries: int, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where its attention takes the rows of a batch in pieces."""
-    pieces = [slice(begin, begin + at_once) for begin in range(0, 3, at_once)]
-    monkeypatch.setattr(hstu_module, "_chunks", lambda q: pieces)
+    """Also where its attention takes users and queries of a batch in tiles."""
+    tiles = [
+        (slice(first, first + users), slice(begin, min(begin + queries, 6)), slice(0, min(begin + queries, 6)))
+        for begin in range(0, 6, queries)
+        for first in range(0, 3, users)
+    ]
+    monkeypatch.setattr(hstu_module, "_tiles", lambda q: tiles)
     x, mask, times = rows
     model, scale, heads = hstu_tower(*form)
     x.requires_grad_()
@@ -248,6 +252,14 @@ def test_hstus_gradients_are_those_of_its_equations(
         torch.testing.assert_close(
             found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, of=name: f"{of}: {text}"
         )
+
+
+@pytest.mark.parametrize(("users", "heads", "length"), [(1, 1, 1), (70, 2, 64), (5, 3, 200), (2, 8, 129)])
+def test_hstus_tiles_hold_each_pair_of_a_query_and_what_it_may_see_once(users: int, heads: int, length: int) -> None:
+    seen = torch.zeros(users, length, length, dtype=torch.int64)
+    for tile in hstu_module._tiles(torch.zeros(users, heads, length, 4)):
+        seen[tile] += 1
+    assert (seen.tril() == torch.ones(length, length).tril()).all()
 
 
 def test_hstu_1b_has_the_published_number_of_weights_in_its_blocks() -> None:
