@@ -50,6 +50,17 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+def test_what_was_not_in_training_is_not_recommended_by_ids(
+    model: Recommendations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = model.module.train_counts.clone()
+    counts[9] = 0
+    monkeypatch.setitem(model.module._buffers, "train_counts", counts)
+    ranked = [name for name, _ in model.rank(model.history_of_titles([title(3)]), k=100)]
+    assert len(ranked) == NUM_MOVIES - 2
+    assert title(9) not in ranked
+
+
 @pytest.mark.parametrize("fixture", ["id_run", "cached_run"])
 def test_titles_are_printed_by_falling_score_without_the_history(
     fixture: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]

@@ -11,12 +11,12 @@ from hllm.evaluate import checkpoint_config
 from hllm.recommend import Recommendations
 
 
-@pytest.mark.parametrize("fusion", ["concat", "sum"])
+@pytest.mark.parametrize(("items", "fusion"), [("cached", "concat"), ("cached", "sum"), ("fused", "sum")])
 def test_new_items_are_fused_and_selected_as_the_catalogue_was(
-    run_training: Callable[..., Run], tmp_path: Path, fusion: str
+    run_training: Callable[..., Run], tmp_path: Path, items: str, fusion: str
 ) -> None:
     flags = [f"dataset.text.fusion={fusion}", "dataset.text.selection=bm25_words", "llm.max_tokens=20"]
-    run = run_training("items=cached", "trainer.max_epochs=1", *flags)
+    run = run_training(f"items={items}", "trainer.max_epochs=1", *flags)
     path = tmp_path / "new.csv"
     path.write_text(f'id,title,genres\n900,"{"word1 " * 30}",Drama\n901,word2,\n')
     model = Recommendations(checkpoint_config(run.best, None, None), run.best, read_catalog(path))
