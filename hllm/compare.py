@@ -77,7 +77,7 @@ class Run:
     def metric(self, name: str) -> Array:
         """(N,) hr@k, ndcg@k or mrr of each prediction."""
         ks = [int(name.partition("@")[2] or 1)]
-        values = rank_metrics(torch.from_numpy(self.ranks["rank"].to_numpy()), ks)
+        values = rank_metrics(torch.from_numpy(self.ranks["rank"].to_numpy(writable=True)), ks)
         column: Array = values[:, EvaluationConfig(ks).metric_names().index(name)].numpy()
         return column
 
@@ -212,7 +212,9 @@ def comparison_report(comparison: Comparison, ks: Sequence[int], metric: str) ->
             [label, str(chosen.sum()), *_cells(one)[:-1], _p(p)]
             for (label, chosen), one, p in zip(groups, found, adjusted, strict=True)
         ]
-        tables.append(text_table([metric, "predictions", "a", "b", "a - b", "95 % over users", "p (Holm)"], lines))
+        tables.append(
+            text_table([f"{metric} by group", "predictions", "a", "b", "a - b", "95 % over users", "p (Holm)"], lines)
+        )
     tables.append(f"Intervals: bootstrap over users. p: sign-flip test over users, two-sided, {DRAWS} draws.")
     return "\n\n".join(tables)
 

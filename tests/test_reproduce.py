@@ -16,6 +16,8 @@ from hllm.config import CONF_DIR
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "reproduce"))
 import joint_table
 import results_table
+import sweep_plot
+import table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,8 +75,9 @@ def test_every_row_of_the_joint_tables_is_an_experiment(name: str) -> None:
 
 def test_every_experiment_on_these_data_sets_is_a_row() -> None:
     rows = {row for section in joint_table.SECTIONS.values() for row in section.experiments}
+    rows |= {row for one in table.read_tables().values() for row in one.rows}
     files = {path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml")}
-    assert {name for name in files if name.startswith(("ml1m_", "beauty_", "ml100k_joint_"))} == rows
+    assert {name for name in files if name.startswith(("ml1m_", "beauty_", "ml100k_joint_"))} <= rows
 
 
 def test_values_keep_their_seeds(runs: Path) -> None:
@@ -140,17 +143,19 @@ def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path: Path) -> None:
 def test_the_results_page_has_the_markers_of_all_sections() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     found = re.findall(r"<!-- ([\w ]+): scripts/reproduce -->\n.*?<!-- end of \1 -->", text, re.S)
-    assert found == ["results", *(f"joint {name}" for name in joint_table.SECTIONS)]
+    tables = [f"table {name}" for name in table.read_tables()]
+    sweeps = [f"sweep {name}" for name in sweep_plot.SWEEPS]
+    assert found == ["results", *tables, *sweeps, "peers", *(f"joint {name}" for name in joint_table.SECTIONS)]
 
 
 def run_script(tmp_path: Path, experiments: str) -> subprocess.CompletedProcess[str]:
-    """joint_runs with a python that only notes what it is asked for, and fails for the experiment ``bad``."""
+    """queue with a python that only notes what it is asked for, and fails for the experiment ``bad``."""
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/asked\n[[ "$*" != *experiment=bad* ]]\n')
     python.chmod(0o755)
     command = [
-        str(ROOT / "scripts" / "reproduce" / "joint_runs"),
+        str(ROOT / "scripts" / "reproduce" / "queue"),
         str(tmp_path / "runs"),
         experiments,
         "0 1",

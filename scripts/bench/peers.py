@@ -217,7 +217,7 @@ def compare(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     for row in rows:
         if "failed" not in row:
             ranks = pl.read_parquet(folder / row["name"] / str(row["seed"]) / "ranks.parquet").sort("user")["rank"]
-            values = rank_metrics(torch.from_numpy(ranks.to_numpy()), [10])[:, 1].numpy()
+            values = rank_metrics(torch.from_numpy(ranks.to_numpy(writable=True)), [10])[:, 1].numpy()
             ndcg.setdefault(row["name"], []).append(values)
     found = []
     for name in ndcg:
