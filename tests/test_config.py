@@ -143,7 +143,10 @@ def test_values_out_of_range_are_refused_with_flag_value_and_rule(override: str)
         (["user=hstu", "user.qk_dim=0"], "user.qk_dim=0: must be at least 1"),
         (["user=hstu", "user.num_time_buckets=1"], "user.num_time_buckets=1: must be at least 2"),
         (["user=hstu", "user.input_dropout=1.0"], "user.input_dropout=1.0: must be at least 0 and below 1"),
-        (["user=sasrec", "user.target_time=true"], "user.target_time=True: nothing reads times: set user.time_features"),
+        (
+            ["user=sasrec", "user.target_time=true"],
+            "user.target_time=True: nothing reads times: set user.time_features",
+        ),
         (["user=hstu_bytedance", "user.target_time=true"], "user.target_time=True: nothing reads times"),
         (["user.length_groups=2", "trainer.strategy=fsdp"], "user.length_groups=2: trainer.strategy=fsdp wants"),
         (["user=llm", "llm@user.llm=tinyllama", "user.llm.num_layers=2"], "user.llm.num_layers=2: give it as user.num"),
