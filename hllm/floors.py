@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 DAYS = (1, 7, 30, 90, 365)
 "Of recent popularity."
-NEWEST, DECAYS = (1, 5, 20, 100), (0.5, 0.8, 1.0)
+NEWEST, DECAYS = (1, 5, 20, 100), (0.5, 0.8, 0.9, 1.0)
 "Of item-to-item floors: how many items of the history count, and how much less each counts than the next newer one."
 TUNED_ON = 16
 "Validation batches at most that settings are chosen on, spread over all users."
@@ -67,7 +67,7 @@ class Floor:
 
 def popularity(data: SequenceDataModule) -> list[Floor]:
     """Training events of each item."""
-    counts = data.train_counts[1:].double()
+    counts = data.train_counts[1:].float()
     return [Floor({}, lambda batch: counts.expand(len(batch), -1))]
 
 
@@ -85,15 +85,13 @@ def recent_popularity(data: SequenceDataModule) -> list[Floor]:
     def score(batch: Batch, days: int) -> Tensor:
         now = batch.timestamps.gather(1, batch.mask.sum(1, keepdim=True) - 1)[:, 0].numpy()
         ends = np.searchsorted(times, np.concatenate([now, now - days * 86_400]), side="right")  # (2 B,)
-        # an event counts for every end behind it: put it at the first, and sum
-        order = np.argsort(ends)
-        first = np.searchsorted(ends[order], np.arange(len(items)), side="right")
-        counted = first < len(ends)
-        cells = first[counted] * data.num_items + items[counted]
-        counts = np.bincount(cells, minlength=len(ends) * data.num_items).reshape(len(ends), -1)
-        before = np.empty_like(counts)
-        before[order] = counts.cumsum(0)
-        return torch.from_numpy(before[: len(batch)] - before[len(batch) :]).double() + overall
+        ends, place = np.unique(ends, return_inverse=True)
+        # an event counts at every end behind it: put it at the first of them, and sum
+        first = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+        cells = first * data.num_items + items[: len(first)]
+        before = np.bincount(cells, minlength=len(ends) * data.num_items).reshape(len(ends), -1)
+        before.cumsum(0, out=before)
+        return torch.from_numpy(before[place[: len(now)]] - before[place[len(now) :]]) + overall
 
     return [Floor({"days": days}, partial(score, days=days)) for days in DAYS]
 
@@ -233,7 +231,10 @@ def run_floors(config: Config, folder: Path) -> list[Path]:
         content = {"results": results, "identity": identity, "epochs": 0, "seconds": seconds}
         write_json(folders[-1] / "metrics.json", content | {"settings": floor.settings})
         write_ranks(folders[-1] / "ranks.parquet", ranked, data)
-        report = full_report(results, identity, " ".join([name, *(f"{k}={v}" for k, v in floor.settings.items())]))
+        report = full_report(results, identity, name)
+        if floor.settings:
+            settings = ", ".join(f"{key}={value}" for key, value in floor.settings.items())
+            report += f"\n\nChosen by {config.callbacks.monitor}: {settings}."
         (folders[-1] / "report.md").write_text(report + "\n")
         print(f"\n{report}\n\nrun folder: {folders[-1]}")
     return folders
