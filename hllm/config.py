@@ -871,7 +871,7 @@ class CELossConfig(LossConfig):
     chunk_size: int | None = None
     "Positions scored against the catalogue at a time; bounds memory, does not change the loss. Unset: by device."
     products: ScoreDtype = ScoreDtype.float32
-    "Of products of vectors in training; the softmax is in float32. bfloat16 is faster where the processor has it."
+    "Of scores and probabilities in training, not of sums; bfloat16 is faster where the processor has it."
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:

@@ -122,25 +122,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, products: torch.dtype
     ) -> Tensor:
+        if products is not torch.float32:
+            return _rounded_cross_entropy(ctx, users, items, labels, chunk_size, products)
         users_grad, items_grad = torch.empty_like(users), torch.zeros_like(items)
         total = users.new_zeros(())
-        users, items = users.to(products), items.to(products)
         for begin in range(0, len(users), chunk_size):
             chunk = users[begin : begin + chunk_size]  # (C, D)
             label = labels[begin : begin + chunk_size, None]  # (C, 1)
-            scores = (chunk @ items.T).float()  # (C, I)
+            scores = chunk @ items.T  # (C, I)
             target_score, largest = scores.gather(1, label), scores.amax(1, keepdim=True)
             scores_grad = scores.sub_(largest).exp_()  # in place from here on: each pass over (C, I) costs
             norm = scores_grad.sum(1, keepdim=True)
             total += (norm.log() + largest - target_score).sum()
             scores_grad.div_(norm)
             scores_grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=scores.dtype))
-            scores_grad = scores_grad.to(products)
-            users_grad[begin : begin + chunk_size] = scores_grad @ items
-            if products is torch.float32:
-                items_grad.addmm_(scores_grad.T, chunk)
-            else:
-                items_grad += scores_grad.T @ chunk
+            torch.mm(scores_grad, items, out=users_grad[begin : begin + chunk_size])
+            items_grad.addmm_(scores_grad.T, chunk)
         ctx.save_for_backward(users_grad, items_grad)
         return total
 
@@ -149,6 +146,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         users_grad, items_grad = ctx.saved_tensors
         return users_grad * grad, items_grad * grad, None, None, None
+
+
+def _rounded_cross_entropy(
+    ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The same with scores and probabilities rounded to ``dtype``; sums are in float32, the targets' part is exact."""
+    users_grad, items_grad = -items[labels], torch.zeros_like(items)
+    items_grad.index_add_(0, labels, users, alpha=-1)
+    total, rounded, rounded_items = users.new_zeros(()), users.to(dtype), items.to(dtype)
+    for begin in range(0, len(users), chunk_size):
+        part = slice(begin, begin + chunk_size)
+        chance = torch.softmax(rounded[part] @ rounded_items.T, dim=1)  # (C, I)
+        total -= chance.gather(1, labels[part, None]).float().clamp(min=1e-38).log().sum()
+        users_grad[part] += chance @ rounded_items
+        items_grad += chance.T @ rounded[part]
+    ctx.save_for_backward(users_grad, items_grad)
+    return total
 
 
 Mask = Callable[[slice], Tensor]
@@ -427,7 +441,9 @@ class CrossEntropyLoss(Loss):
         head: SimilarityHead,
         excluded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        chunk_size = self.chunk_size or default_chunk_size(len(items), items.device)
+        # products in 16 bits are quickest in larger pieces
+        larger = 1 if self.products is torch.float32 else 4
+        chunk_size = self.chunk_size or larger * default_chunk_size(len(items), items.device)
         loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products)
         return loss, loss.new_tensor(len(items) - 1)
 
