@@ -213,7 +213,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
                 left_out = left_out.scatter(1, column, left_out.gather(1, column) | is_own)
                 scores.masked_fill_(left_out, float("-inf"))
                 masked += left_out.sum(0)
-            target_score = (chunk * positive).float().sum(1, keepdim=True)  # (C, 1)
+            target_score = (chunk.float() * positive.float()).sum(1, keepdim=True)  # (C, 1)
             largest = torch.maximum(scores.amax(1, keepdim=True), target_score)
             scores_grad, share = scores.sub_(largest).exp_(), (target_score - largest).exp()
             norm = scores_grad.sum(1, keepdim=True) + share
@@ -278,7 +278,7 @@ def info_nce_loss(
         total, masked = _SampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
             head.prepare(users.to(head.score_dtype)) * head.scale().to(head.score_dtype),
             F.embedding(labels, table),
-            table[rows],
+            table.index_select(0, rows),
             own,
             rows[own] == labels,
             None if log_weights is None else log_weights[rows],
@@ -380,7 +380,7 @@ def own_scores(
     with torch.autocast(users.device.type, enabled=False):
         scaled = head.prepare(users.to(head.score_dtype)) * head.scale().to(head.score_dtype)
         table = head.table(items)
-        positive = (scaled * F.embedding(labels[:, 0], table)).float().sum(1)
+        positive = (scaled.float() * F.embedding(labels[:, 0], table).float()).sum(1)
         negative: Tensor = _OwnScores.apply(scaled, table, rows).float()  # type: ignore[no-untyped-call]
     return positive, negative if excluded is None else negative.masked_fill(excluded.gather(1, rows), float("-inf"))
 
