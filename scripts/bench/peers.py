@@ -77,6 +77,9 @@ PEERS = {
     "rectools_unisrec": Peer("rectools", "rectools_models", "unisrec", "RecTools 0.19 UniSRec", "text", NEWEST),
     "replay_sasrec": Peer("replay", "replay_models", "sasrec", "RePlay 0.22 SasRec", "ids", NEWEST),
     "rechub_hllm": Peer("rechub", "rechub_models", "hllm", "torch-rechub 0.9 HLLM", "text", "every transition once"),
+    "rechub_hllm_pca": Peer(
+        "rechub", "rechub_models", "hllm_pca", "torch-rechub 0.9 HLLM, PCA to dim", "text", "every transition once"
+    ),
 }
 OURS = {"movielens_100k": ("ml100k_sasrec_ce", "ml100k_hllm_minilm_ce")}
 
@@ -84,7 +87,7 @@ OURS = {"movielens_100k": ("ml100k_sasrec_ce", "ml100k_hllm_minilm_ce")}
 def export(config: Config, datamodule: SequenceDataModule, folder: Path, settings: dict[str, Any]) -> None:
     """events.npz, test.npz, vectors.npy and settings.json; ``peers/split.py`` says what is in them."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, splits = datamodule.interactions, datamodule.splits
+    data, splits = datamodule.events, datamodule.splits
     users = np.repeat(np.arange(data.num_users), np.diff(data.offsets))
     places = np.arange(len(data))
     # ends of rows are their targets
@@ -267,7 +270,7 @@ def section(record: dict[str, Any]) -> str:
         f"{identity['items']} items, data `{identity['interactions']}`: one exported split, every library in an "
         "environment of its own, all ranked by our evaluator over the whole catalogue with the history masked. Shared "
         f"by all: {shared}; the loss is full softmax; the rest is each library's default. torch-rechub's model is as "
-        "wide as the text vectors. Mean ± sd over seeds; "
+        "wide as the text vectors, or as many of their principal components as dim. Mean ± sd over seeds; "
         f"{record['date']}, commit `{record['environment']['git']}`; `scripts/bench/peers.py`.",
         text_table(["", "items", "target time", "seeds", *METRICS], quality),
         "Cost on one thread of a CPU, validation within the epochs counted; memory is the process's peak, its imports "

@@ -7,6 +7,7 @@ vectors.
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,17 @@ def loader(rows: Rows, batch_size: int, shuffle: bool) -> torch.utils.data.DataL
     return SequenceDataGenerator(tokens, positions, targets, times).generate_dataloader(batch_size, shuffle=shuffle)[0]
 
 
-def hllm(split: Split, seed: int, out: Path) -> Outcome:
-    dials, vectors = split.settings, torch.from_numpy(split.vectors())
+def leading_components(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """(I + 1, dim) the items' principal components; row 0, padding, stays zero."""
+    centred = vectors[1:] - vectors[1:].mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    return np.concatenate([np.zeros((1, dim), np.float32), centred @ directions[:dim].T])
+
+
+def hllm(split: Split, seed: int, out: Path, reduced: bool = False) -> Outcome:
+    """As wide as the vectors, as it must be, or on as many of their principal components as the others are wide."""
+    dials = split.settings
+    vectors = torch.from_numpy(leading_components(split.vectors(), dials["dim"]) if reduced else split.vectors())
     torch.manual_seed(seed)
     length = dials["max_history"]
     model = HLLMModel(
@@ -94,4 +104,4 @@ def hllm(split: Split, seed: int, out: Path) -> Outcome:
 if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    main({"hllm": hllm})
+    main({"hllm": hllm, "hllm_pca": partial(hllm, reduced=True)})
