@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,12 +15,11 @@ import pytest
 import yaml
 
 from hllm.compare import read_run
-from hllm.config import Config, compose, to_plain
+from hllm.config import CONF_DIR, compose, to_plain
 from hllm.significance import paired
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "reproduce"))
 import records
-import results_table
 import sweep_plot
 import table
 
@@ -191,6 +189,9 @@ def test_a_tables_section_is_what_its_record_says(name: str) -> None:
     ]
     assert written.strip() == table.section(one, records.load(name), table.read_published())
     assert {row for pair in one.pairs for row in pair} | {one.baseline} <= one.rows.keys()
+    experiments = {path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml")}
+    floors = {table.FLOOR + floor for floor in table.FLOORS}
+    assert {run["experiment"] for run in records.load(name)["runs"]} <= experiments | floors
 
 
 @pytest.mark.parametrize("name", list(sweep_plot.SWEEPS))
@@ -245,10 +246,9 @@ def test_a_table_is_run_row_by_row_and_its_floors_once(tmp_path: Path) -> None:
     assert asked[-1] == f"scripts/reproduce/table.py beauty_cold {tmp_path}/runs"
 
 
-def test_a_real_runs_folder_becomes_a_row(id_run: Any, run_config: Callable[..., Config]) -> None:
+def test_a_real_runs_folder_becomes_a_row(id_run: Any) -> None:
     record = records.update(records.empty(), [id_run.folder], "none")
     (run,) = record["runs"]
     everyone = id_run.evaluation.results["test"]["all"]
     assert run["test"]["all"]["ndcg@10"] == pytest.approx(everyone["ndcg@10"], abs=1e-6)
     assert record["popularity"]["all"]["hr@10"] > 0
-    assert results_table.ROOT == ROOT

@@ -2,7 +2,7 @@
 
     python scripts/bench/peers.py                       # MovieLens-100k: installs the peers, runs all, writes the table
     python scripts/bench/peers.py --peers rectools_sasrec replay_sasrec --epochs 1 --no-docs       # a try
-    python scripts/bench/peers.py --data movielens_1m --ours ml1m_sasrec --seeds 0 1 2
+    python scripts/bench/peers.py --data movielens_1m --seeds 0 1 2
 
 One stable leave-one-out split is exported as arrays: the events up to each test target, the times of the targets but
 not their items, and the catalogue's text vectors. Each peer trains on it with the same width, depth, history length,
@@ -81,7 +81,12 @@ PEERS = {
         "rechub", "rechub_models", "hllm_pca", "torch-rechub 0.9 HLLM, PCA to dim", "text", "every transition once"
     ),
 }
-OURS = {"movielens_100k": ("ml100k_sasrec_ce", "ml100k_hllm_minilm_ce")}
+OURS = {
+    "movielens_100k": ("ml100k_sasrec_ce", "ml100k_hllm_minilm_ce"),
+    "movielens_1m": ("ml1m_sasrec", "ml1m_light"),
+    "amazon_beauty": ("beauty_sasrec", "beauty_light"),
+}
+"Rows of ours with the same loss, on ids and on the same text vectors."
 
 
 def export(config: Config, datamodule: SequenceDataModule, folder: Path, settings: dict[str, Any]) -> None:
