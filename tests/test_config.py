@@ -97,6 +97,8 @@ def test_wrong_keys_and_types_are_named(override: str, named: str) -> None:
         "evaluation.ks=[50,10]",
         "evaluation.ks=[0,10]",
         "evaluation.bucket_edges=[5,5]",
+        "evaluation.history_edges=[1,5]",
+        "dataset.cold_items=1.0",
         "seed=-1",
         "seed=4294967296",
         "optimized_metric=train/loss",
