@@ -330,6 +330,7 @@ def main() -> None:
         "patience": args.patience,
     }
     overrides = [
+        f"llm={args.llm}",  # the vectors that are exported
         f"user.dim={settings['dim']}",
         f"user.num_layers={settings['num_layers']}",
         f"user.num_heads={settings['num_heads']}",
