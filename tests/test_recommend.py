@@ -50,6 +50,20 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+def test_a_model_that_reads_when_its_target_happens_is_told_by_now(
+    run_training: Callable[..., Run], load: Callable[..., Recommendations], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_training("items=id", "user=hstu", "user.target_time=true", "user.time_gaps=true", "trainer.max_epochs=1")
+    model = load(run)
+    history = model.history_of_user("1")
+    newest = int(history.timestamps[0, -1])
+    assert history.target_times[0, -1] == newest
+    assert history.target_times[0, :-1].equal(history.timestamps[0, 1:])
+    arguments = [f"ckpt={run.best}", "user=1", "k=5"]
+    tables = [printed([*arguments, *now], capsys) for now in ([], [f"now={newest}"], [f"now={newest + 10**7}"])]
+    assert tables[0] == tables[1] != tables[2]
+
+
 def test_what_was_not_in_training_is_not_recommended_by_ids(
     model: Recommendations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
