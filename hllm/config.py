@@ -870,6 +870,8 @@ class LossConfig:
 class CELossConfig(LossConfig):
     chunk_size: int | None = None
     "Positions scored against the catalogue at a time; bounds memory, does not change the loss. Unset: by device."
+    mask_seen: bool = False
+    "A position does not score what its history holds: evaluation does not rank it either."
     products: ScoreDtype = ScoreDtype.float32
     "Of scores and probabilities in training, not of sums; bfloat16 is faster where the processor has it."
 

@@ -55,6 +55,8 @@ class Candidates:
 class Loss(nn.Module, ABC):
     """What the module asks of a loss."""
 
+    mask_seen = False
+    "What a row's history holds up to a position is not scored there; ``forward`` then takes ``seen``."
     mask_history = False
     "No item of a training row is a negative of that row's positions."
 
@@ -87,18 +89,21 @@ def softmax_loss(
     head: SimilarityHead,
     chunk_size: int,
     products: torch.dtype = torch.float32,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Exact softmax cross entropy over all given items, mean over positions, in float32; 0 for no position.
 
     Args:
         users: (N, D). items: (I, D). labels: (N,) rows of ``items``.
         chunk_size: positions scored at a time; bounds memory to chunk_size x I scores and does not change the loss.
-        products: what the products of vectors are computed in.
+        products: what scores and probabilities are computed in.
+        seen: (N, S) rows of ``items`` that a position leaves out, in any order and number of times; its label is scored
+            all the same.
     """
     with torch.autocast(users.device.type, enabled=False):
         scaled = head.prepare(users.float()) * head.scale()
         total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            scaled, head.prepare(items.float()), labels, chunk_size, products
+            scaled, head.prepare(items.float()), labels, chunk_size, products, seen
         )
     return total / max(len(users), 1)
 
@@ -120,17 +125,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, products: torch.dtype
+        ctx: Any,
+        users: Tensor,
+        items: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        products: torch.dtype,
+        seen: Tensor | None,
     ) -> Tensor:
         if products is not torch.float32:
-            return _rounded_cross_entropy(ctx, users, items, labels, chunk_size, products)
+            return _rounded_cross_entropy(ctx, users, items, labels, chunk_size, products, seen)
         users_grad, items_grad = torch.empty_like(users), torch.zeros_like(items)
         total = users.new_zeros(())
         for begin in range(0, len(users), chunk_size):
             chunk = users[begin : begin + chunk_size]  # (C, D)
             label = labels[begin : begin + chunk_size, None]  # (C, 1)
             scores = chunk @ items.T  # (C, I)
-            target_score, largest = scores.gather(1, label), scores.amax(1, keepdim=True)
+            target_score = scores.gather(1, label)
+            if seen is not None:
+                _leave_out(scores, seen[begin : begin + chunk_size], label)
+            largest = scores.amax(1, keepdim=True)
             scores_grad = scores.sub_(largest).exp_()  # in place from here on: each pass over (C, I) costs
             norm = scores_grad.sum(1, keepdim=True)
             total += (norm.log() + largest - target_score).sum()
@@ -143,13 +157,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         users_grad, items_grad = ctx.saved_tensors
-        return users_grad * grad, items_grad * grad, None, None, None
+        return users_grad * grad, items_grad * grad, None, None, None, None
+
+
+def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:
+    """Scores of (C, S) rows become -inf in place, but for the (C, 1) labels."""
+    own = scores.gather(1, label)
+    scores.scatter_(1, rows, float("-inf")).scatter_(1, label, own)
 
 
 def _rounded_cross_entropy(
-    ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype
+    ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype, seen: Tensor | None
 ) -> Tensor:
     """The same with scores and probabilities rounded to ``dtype``; sums are in float32, the targets' part is exact."""
     users_grad, items_grad = -items[labels], torch.zeros_like(items)
@@ -157,8 +177,14 @@ def _rounded_cross_entropy(
     total, rounded, rounded_items = users.new_zeros(()), users.to(dtype), items.to(dtype)
     for begin in range(0, len(users), chunk_size):
         part = slice(begin, begin + chunk_size)
-        chance = torch.softmax(rounded[part] @ rounded_items.T, dim=1)  # (C, I)
-        total -= chance.gather(1, labels[part, None]).float().clamp(min=1e-38).log().sum()
+        scores, label = rounded[part] @ rounded_items.T, labels[part, None]  # (C, I), (C, 1)
+        if seen is not None:
+            _leave_out(scores, seen[part], label)
+        chance = torch.softmax(scores, dim=1)
+        # the logarithm of the largest chance, which is never 0, and how far the target's score is below its score
+        best = chance.max(dim=1, keepdim=True)
+        behind = (scores.gather(1, best.indices) - scores.gather(1, label)).float()
+        total += (behind - best.values.float().log()).sum()
         users_grad[part] += chance @ rounded_items
         items_grad += chance.T @ rounded[part]
     ctx.save_for_backward(users_grad, items_grad)
@@ -197,7 +223,8 @@ class _SampledCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         users_grad, positives_grad = torch.empty_like(users), torch.empty_like(positives)
         negatives_grad = torch.zeros_like(negatives)
-        total, masked = torch.zeros((), device=users.device), torch.zeros(len(negatives), device=users.device).long()
+        total = torch.zeros((), device=users.device, dtype=torch.float32)
+        masked = torch.zeros(len(negatives), device=users.device).long()
         for begin in range(0, len(users), chunk_size):
             part = slice(begin, begin + chunk_size)
             chunk, positive = users[part], positives[part]  # (C, D)
@@ -425,7 +452,7 @@ class CrossEntropyLoss(Loss):
 
     def __init__(self, config: CELossConfig, train_counts: Tensor | None = None) -> None:
         super().__init__()
-        self.chunk_size = config.chunk_size
+        self.chunk_size, self.mask_seen = config.chunk_size, config.mask_seen
         self.products: torch.dtype = getattr(torch, config.products.value)
 
     def candidates(self, targets: Tensor, num_items: int) -> Candidates:
@@ -440,11 +467,14 @@ class CrossEntropyLoss(Loss):
         targets: Tensor,
         head: SimilarityHead,
         excluded: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """As of any loss; seen: (N, S) ids that positions do not score, unless they are their targets."""
         # products in 16 bits are quickest in larger pieces
         larger = 1 if self.products is torch.float32 else 4
         chunk_size = self.chunk_size or larger * default_chunk_size(len(items), items.device)
-        loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products)
+        rows = None if seen is None else seen - 1
+        loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products, rows)
         return loss, loss.new_tensor(len(items) - 1)
 
 

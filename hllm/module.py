@@ -144,7 +144,8 @@ class Recommender(L.LightningModule):
         users = self(batch, ids, vectors)[supervised]  # (N, D)
         excluded = _history_mask(batch, offered)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
         items = _lookup(offered, ids, scored)
-        loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded)
+        seen = {"seen": self._seen(batch, supervised)} if self.loss.mask_seen else {}
+        loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded, **seen)
         # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
         weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)
         loss = cast(Tensor, loss * weight)
@@ -156,6 +157,13 @@ class Recommender(L.LightningModule):
             self.log("train/temperature", 1 / self.head.scale(), batch_size=len(targets))
         self.last_step = LastStep(vectors.detach(), mean_negatives, candidates.offered())
         return loss
+
+    def _seen(self, batch: Batch, supervised: Tensor) -> Tensor:
+        """(N, L) the items up to each of N supervised positions, as the loss numbers them; the first fills up."""
+        rows, places = supervised.nonzero().unbind(1)
+        columns = torch.arange(batch.items.shape[1], device=rows.device)
+        items = torch.where(columns <= places[:, None], batch.items[rows], batch.items[rows, :1])
+        return items if self.pool is None else torch.searchsorted(self.pool, items) + 1
 
     def scores(self, batch: Batch) -> Tensor:
         """(B, I) score of every catalogue item after each history; item i + 1 in column i.

@@ -596,3 +596,27 @@ def test_products_in_bfloat16_give_nearly_the_same_gradients() -> None:
     )
     for one, other in zip(exact, rounded, strict=True):
         assert 0 < (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_far_off_is_told_as_it_is(dtype: torch.dtype) -> None:
+    users, items = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]])
+    assert softmax_loss(users, items, torch.tensor([1]), DOT, 4, dtype).item() == pytest.approx(600, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_what_was_seen_is_not_scored_but_for_the_target(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    users, items = torch.randn(7, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels, seen = torch.randint(20, (7,)), torch.randint(20, (7, 5))
+    seen[3, 2] = labels[3]
+    scores = HEAD(users, items)
+    for row in range(7):
+        left_out = [item for item in seen[row].tolist() if item != labels[row]]
+        scores = scores.index_put((torch.tensor(row), torch.tensor(left_out)), torch.tensor(float("-inf")))
+    expected = torch.nn.functional.cross_entropy(scores, labels)
+    found = softmax_loss(users, items, labels, HEAD, 3, dtype, seen)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    gradients = [torch.autograd.grad(loss, [users, items]) for loss in (expected, found)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= tolerance * one.norm()

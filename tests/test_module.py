@@ -56,6 +56,22 @@ def test_the_training_loss_is_the_mean_over_all_supervised_positions(module: Rec
     assert module.training_step(batch, 0).item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_with_mask_seen_a_position_does_not_score_what_stands_before_it(
+    module: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.loss, "mask_seen", True)
+    catalogue, total = module.items.all(), 0.0
+    users = module.users(module.items.table.weight[batch.items], batch.mask, batch.timestamps)
+    for row, place in (batch.targets > 0).nonzero().tolist():
+        target = int(batch.targets[row, place])
+        scores = F.cosine_similarity(users[row, place], catalogue, dim=-1) / 0.07
+        for item in batch.items[row, : place + 1].tolist():
+            if item != target:
+                scores[item - 1] = float("-inf")
+        total += F.cross_entropy(scores[None], torch.tensor([target - 1])).item()
+    assert module.training_step(batch, 0).item() == pytest.approx(total / int((batch.targets > 0).sum()), rel=1e-5)
+
+
 def test_scores_are_those_of_the_last_event(module: Recommender, batch: Batch) -> None:
     module.eval()
     scores = module.scores(batch)
