@@ -815,6 +815,8 @@ class HSTUConfig(UserConfig):
     input_dropout: float = 0.2
     scale_inputs: bool = True
     "Item vectors times the root of dim, before positions are added."
+    positions: HistoryPositions = HistoryPositions.first
+    "first: appending an event changes no earlier output; last: as in code that pads on the left."
     relative_position_bias: bool = True
     "What attention adds for the distance of two events."
     relative_time_bias: bool = True
@@ -883,7 +885,7 @@ class CELossConfig(LossConfig):
 @dataclass
 class NCELossConfig(LossConfig):
     num_negatives: int = 512
-    "Uniform negatives, drawn once a step and shared by all positions."
+    "Uniform negatives: drawn once a step and shared by all positions, or each position's own with per_position."
     in_batch: bool = True
     "Also score the other positions' targets as negatives, each item once."
     distinct: bool = True
