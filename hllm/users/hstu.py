@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hllm.config import HSTUConfig
+from hllm.users.position import place_vectors
 
 
 def time_buckets(timestamps: Tensor, target_times: Tensor | None, num_buckets: int) -> Tensor:
@@ -201,7 +202,8 @@ class HSTU(nn.Module):
 
     def __init__(self, config: HSTUConfig, max_history: int) -> None:
         super().__init__()
-        self.max_history, self.num_buckets = max_history, config.num_time_buckets
+        self.max_history, self.positions = max_history, config.positions
+        self.num_buckets = config.num_time_buckets
         self.scale = math.sqrt(config.dim) if config.scale_inputs else 1.0
         self.position = nn.Embedding(max_history, config.dim)
         nn.init.trunc_normal_(self.position.weight, std=math.sqrt(1 / config.dim) if config.scale_inputs else 0.02)
@@ -223,7 +225,7 @@ class HSTU(nn.Module):
         """
         length = x.shape[1]
         assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
-        x = self.dropout(x * self.scale + self.position.weight[:length])
+        x = self.dropout(x * self.scale + place_vectors(self.position, mask, self.positions))
         buckets = time_buckets(timestamps, target_times, self.num_buckets) if self.timed else None
         for block in self.blocks:
             x = block(x, buckets)

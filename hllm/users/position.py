@@ -6,7 +6,21 @@ B users, L history length, H heads, D width.
 import torch
 from torch import Tensor, nn
 
-from hllm.config import TimeBuckets, TimeReference
+from hllm.config import HistoryPositions, TimeBuckets, TimeReference
+
+
+def place_vectors(table: nn.Embedding, mask: Tensor, counted_from: HistoryPositions) -> Tensor:
+    """What is learned of each event's place: (B, L) mask -> (L, D), or (B, L, D) where the row's end counts.
+
+    Args:
+        table: a row a place, as many as the longest history has events.
+    """
+    length = mask.shape[1]
+    if counted_from is HistoryPositions.first:
+        return table.weight[:length]
+    places = torch.arange(length, device=mask.device) + table.num_embeddings - mask.sum(1, keepdim=True)  # (B, L)
+    vectors: Tensor = table(places.clamp(max=table.num_embeddings - 1))
+    return vectors
 
 
 def elapsed_minutes(timestamps: Tensor, mask: Tensor, reference: TimeReference) -> Tensor:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hllm.config import Activation, HistoryPositions, Norm, TimeBuckets, TransformerConfig
-from hllm.users.position import RelativePositionBias, TimeEmbedding
+from hllm.config import Activation, Norm, TimeBuckets, TransformerConfig
+from hllm.users.position import RelativePositionBias, TimeEmbedding, place_vectors
 
 
 class SwiGLU(nn.Module):
@@ -110,7 +110,7 @@ class UserTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, max_history: int) -> None:
         super().__init__()
-        self.max_history, self.from_last = max_history, config.positions is HistoryPositions.last
+        self.max_history, self.positions = max_history, config.positions
         self.input_scale = math.sqrt(config.dim) if config.scale_inputs else 1.0
         self.position = nn.Embedding(max_history, config.dim)
         self.time = (
@@ -141,7 +141,7 @@ class UserTransformer(nn.Module):
         assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
         if self.input_scale != 1:
             x = x * self.input_scale
-        x = x + self._positions(mask)
+        x = x + place_vectors(self.position, mask, self.positions)
         if self.time is not None:
             x = x + self.time(timestamps, mask)
         x = self.dropout(self.input_norm(x))
@@ -150,15 +150,6 @@ class UserTransformer(nn.Module):
             x = block(x, bias)
         normed: Tensor = self.norm(x)
         return normed
-
-    def _positions(self, mask: Tensor) -> Tensor:
-        """(B, L) -> (L, D), or (B, L, D) counted from each row's end."""
-        length = mask.shape[1]
-        if not self.from_last:
-            return self.position.weight[:length]
-        index = torch.arange(length, device=mask.device) + self.max_history - mask.sum(1, keepdim=True)  # (B, L)
-        embedded: Tensor = self.position(index.clamp(max=self.max_history - 1))
-        return embedded
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -150,13 +150,22 @@ def test_a_transformer_equals_its_equations(name: str, changes: list[str], refer
         torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
 
 
-def hstu(weights: Weights, x: Tensor, events: Tensor, queries: Tensor, scale: float, heads: int = HEADS) -> Tensor:
+def hstu(
+    weights: Weights,
+    x: Tensor,
+    events: Tensor,
+    queries: Tensor,
+    scale: float,
+    heads: int = HEADS,
+    from_last: bool = False,
+) -> Tensor:
     """The equations of arXiv 2402.17152 with the biases that there are weights of.
 
     Args:
         events: (n,) seconds. queries: (n,) seconds at which each prediction is made.
     """
-    x = scale * x + weights["position.weight"][: len(x)]
+    places = slice(LENGTH - len(x), LENGTH) if from_last else slice(0, len(x))
+    x = scale * x + weights["position.weight"][places]
     block = 0
     while f"blocks.{block}.uvqk.weight" in weights:
         name = f"blocks.{block}"
@@ -217,7 +226,8 @@ def test_hstu_equals_its_equations(form: list[str], known: bool, rows: Any) -> N
     for row, count in enumerate(mask.sum(1)):
         queries = (targets if known else times)[row, :count]
         weights = dict(model.state_dict())
-        expected = hstu(weights, x[row, :count], times[row, :count], queries, scale, heads)
+        last = "bytedance" in form[0]
+        expected = hstu(weights, x[row, :count], times[row, :count], queries, scale, heads, last)
         torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
 
 
@@ -243,7 +253,7 @@ def test_hstus_gradients_are_those_of_its_equations(
     weights = dict(model.named_parameters())
     for row, count in enumerate(mask.sum(1)):
         own = times[row, :count]
-        hstu(weights, x[row, :count], own, own, scale, heads).sin().sum().backward()
+        hstu(weights, x[row, :count], own, own, scale, heads, "bytedance" in form[0]).sin().sum().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()} | {"x": x.grad}
     for name, gradient in expected.items():
         assert gradient is not None
