@@ -18,25 +18,12 @@ import torch
 from omegaconf import OmegaConf
 
 from hllm.cli import report_errors, split_own
-from hllm.config import EvaluationConfig
+from hllm.config import EvaluationConfig, from_plain, to_plain
 from hllm.errors import ConfigError
 from hllm.metrics import group_labels, rank_metrics
 from hllm.report import measured_on, text_table
 from hllm.resume import differences
-from hllm.significance import DRAWS, Paired, Spread, holm, paired, seed_interval, user_interval
-
-__all__ = [
-    "Comparison",
-    "Paired",
-    "Run",
-    "Spread",
-    "holm",
-    "paired",
-    "read_run",
-    "read_runs",
-    "seed_interval",
-    "user_interval",
-]
+from hllm.significance import DRAWS, Paired, Spread, holm, paired, seed_interval
 
 USAGE = """usage: python -m hllm.compare RUN_A RUN_B [metric=ndcg@10] [ks=10,50]
 
@@ -97,7 +84,7 @@ def read_runs(folder: Path) -> list[Run]:
     """A run folder, or the run folders right below a folder: one system's runs, by seed.
 
     Raises:
-        ConfigError: there is none; one is not finished; two have one seed, or differ in more than the seed.
+        ConfigError: there is none; one is not finished; two have one seed, or differ in what ``comparable`` keeps.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give a run folder, or one that holds a system's runs")
@@ -109,7 +96,7 @@ def read_runs(folder: Path) -> list[Run]:
     runs = sorted((read_run(path) for path in folders), key=lambda run: run.seed)
     first = runs[0]
     for run in runs[1:]:
-        changed = next(differences(first.config | {"seed": None}, run.config | {"seed": None}), None)
+        changed = next(differences(comparable(first.config), comparable(run.config)), None)
         if changed is not None:
             raise ConfigError(
                 f"{folder}: holds runs of several systems: {run.folder.name} and {first.folder.name} differ, "
@@ -119,6 +106,25 @@ def read_runs(folder: Path) -> list[Run]:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{folder}: holds seeds {seeds}: give one run a seed")
     return runs
+
+
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """What the seeds of one system share of a config: keys that came later have their defaults, and where a run was
+    made, logged and resumed from does not count.
+    """
+    try:
+        config = to_plain(from_plain(config))
+    except ConfigError:  # of another version: as it was written
+        config = dict(config)
+    left_out = {
+        "dataset": ("root", "num_workers"),
+        "trainer": ("accelerator", "enable_progress_bar", "devices"),
+        "callbacks": ("checkpoint_steps",),
+    }
+    plain = {key: value for key, value in config.items() if key not in ("seed", "cache_dir", "ckpt", "logger")}
+    for group in left_out.keys() & plain.keys():
+        plain[group] = {key: value for key, value in plain[group].items() if key not in left_out[group]}
+    return plain
 
 
 def check_comparable(a: Run, b: Run) -> None:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import Run
 
-from hllm.compare import Comparison, main, read_run, read_runs
+from hllm.compare import Comparison, comparable, main, read_run, read_runs
+from hllm.config import compose, to_plain
 from hllm.errors import ConfigError
 from hllm.significance import paired, seed_interval
 
@@ -160,6 +161,22 @@ def test_a_folder_of_several_systems_is_refused(save: Save) -> None:
     save("b/1")
     with pytest.raises(ConfigError, match=r"holds seeds \[0, 0\]: give one run a seed"):
         read_runs(folder.parent / "b")
+
+
+def test_a_run_that_was_resumed_or_made_elsewhere_is_of_the_same_system(save: Save) -> None:
+    first = save("a/0")
+    for seed, changed in enumerate([["ckpt=last.ckpt"], ["cache_dir=c", "dataset.root=d", "logger=csv"]]):
+        config = to_plain(compose([f"seed={seed}", "trainer.accelerator=cpu", *changed]))
+        folder = first if seed == 0 else save("a/1", seed=seed)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [run.seed for run in read_runs(first.parent)] == [0, 1]
+
+
+def test_an_older_runs_config_has_the_defaults_of_keys_that_came_later() -> None:
+    config = to_plain(compose([]))
+    older = config | {"user": {key: value for key, value in config["user"].items() if key != "time_gaps"}}
+    assert comparable(older) == comparable(config)
+    assert comparable(config | {"optimizer": config["optimizer"] | {"lr": 1.0}}) != comparable(config)
 
 
 def test_what_is_no_finished_run_is_named(save: Save, tmp_path: Path) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hllm.compare import DATA, Comparison, read_run
+from hllm.compare import DATA, Comparison, comparable, read_run
 from hllm.compare import Run as RankedRun
-from hllm.config import from_plain, to_plain
-from hllm.errors import ConfigError
 from hllm.report import measured_on
 from hllm.resume import differences
 from hllm.significance import user_interval
@@ -138,20 +136,6 @@ def update(record: Record, folders: Sequence[Path], baseline: str, pairs: Sequen
         "intervals": dict(sorted(intervals.items())),
         "differences": gaps,
     }
-
-
-def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """What seeds of one experiment share: keys that came later have their defaults, and places do not count."""
-    try:
-        config = to_plain(from_plain(config))
-    except ConfigError:
-        config = dict(config)
-    left_out = {"seed", "cache_dir", "ckpt", "logger"}
-    plain = {key: value for key, value in config.items() if key not in left_out}
-    plain["dataset"] = {key: value for key, value in config["dataset"].items() if key not in ("root", "num_workers")}
-    places = ("accelerator", "enable_progress_bar", "devices")
-    plain["trainer"] = {key: value for key, value in config["trainer"].items() if key not in places}
-    return plain
 
 
 def _intervals(seeds: list[RankedRun]) -> dict[str, list[float]]:
