@@ -36,8 +36,8 @@ Prints the k items to come next, with their scores. Items of the history are lef
   history    titles from oldest to newest, separated by |, as the catalogue writes them
   user       instead of a history: a user of the data set, by original id
   k          length of the list
-  now        when the list is for, in seconds since 1970; read by models with user.target_time, for which it is
-             otherwise the time of the newest event
+  now        when the list is for, in seconds since 1970; for models with user.target_time, which otherwise take the
+             time of the newest event
   new_items  a CSV file with the columns id and those of the text template: items to rank beside the catalogue,
              embedded now and ranked without training again (not items=id); a history may name them
   root       the data set's raw files, if not where the run read them
@@ -73,10 +73,12 @@ class Recommendations:
 
     Raises:
         CheckpointError: the checkpoint does not fit the data or the item vectors found here.
-        ConfigError: new items for a model that knows items by id only.
+        ConfigError: new items for a model that knows items by id only; ``now`` for one that does not read it.
     """
 
     def __init__(self, config: Config, ckpt: Path, new_items: Catalog | None = None, now: int | None = None) -> None:
+        if now is not None and not config.user.target_time:
+            raise ConfigError(f"now={now}: only a model with user.target_time=true reads when the list is for")
         self.config, self.now = config, now
         self.datamodule = build_datamodule(config)
         self.catalog = self.datamodule.catalog
@@ -132,15 +134,27 @@ class Recommendations:
     def history_of_titles(self, titles: list[str]) -> Batch:
         """One row of the items with these titles, oldest first; all events at one time.
 
+        That is ``now``, or the time of the data set's newest event: a calendar was not trained on other years.
+
         Raises:
             ConfigError: a title is not in the catalogue; the message suggests near ones.
         """
-        return self._history(torch.tensor([find_row(self.catalog, title, "history") + 1 for title in titles]))
+        items = torch.tensor([find_row(self.catalog, title, "history") + 1 for title in titles])
+        when = self.now
+        if when is None:  # of shards it takes a pass over them, so only where it is read
+            when = self.datamodule.newest_time() if self.config.user.time_features else 0
+        return self._history(items, torch.full_like(items, when))
 
-    def _history(self, items: Tensor, timestamps: Tensor | None = None) -> Batch:
-        """One row of the newest of (E,) item ids and their times in seconds."""
-        timestamps = torch.zeros_like(items) if timestamps is None else timestamps
+    def _history(self, items: Tensor, timestamps: Tensor, read: Tensor | None = None) -> Batch:
+        """One row of the newest of (E,) item ids and their times in seconds.
+
+        Args:
+            read: (E,) bool, which of them the model sees, at least one; none of the others is recommended either.
+        """
         now = timestamps[-1:] if self.now is None else torch.tensor([self.now])
+        seen = torch.stack([torch.zeros_like(items), items])
+        if read is not None:
+            items, timestamps = items[read], timestamps[read]
         window = items[None, -self.config.dataset.window :]
         return Batch(
             users=torch.zeros(1, dtype=torch.int64),
@@ -149,22 +163,26 @@ class Recommendations:
             targets=torch.zeros_like(window),
             target_times=torch.cat([timestamps[1:], now])[None, -self.config.dataset.window :],
             mask=torch.ones_like(window, dtype=torch.bool),
-            seen=torch.stack([torch.zeros_like(items), items]),
+            seen=seen,
         )
 
     def history_of_user(self, user: str) -> Batch:
-        """One row of everything the data set knows of a user.
+        """One row of everything the data set knows of a user; of cold items nothing is read, as in evaluation.
 
         Raises:
-            ConfigError: no such user.
+            ConfigError: no such user, or one of cold items alone.
         """
         history = self.datamodule.history(user)
         if history is None:
             num_users = self.datamodule.num_users
             examples = ", ".join(self.datamodule.user_ids(np.arange(min(3, num_users))))
             raise ConfigError(f"user={user}: not among the {num_users} users ({examples}, ...)")
-        items, timestamps = history
-        return self._history(torch.from_numpy(items.astype("int64")), torch.from_numpy(timestamps))
+        items, timestamps = torch.from_numpy(history[0].astype("int64")), torch.from_numpy(history[1])
+        pool = self.datamodule.pool
+        read = torch.ones_like(items, dtype=torch.bool) if pool is None else torch.isin(items, pool)
+        if not read.any():
+            raise ConfigError(f"user={user}: dataset.cold_items holds out every item of the history: nothing to read")
+        return self._history(items, timestamps, read)
 
     @torch.inference_mode()
     def rank(self, history: Batch, k: int) -> list[tuple[str, float]]:

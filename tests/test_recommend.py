@@ -64,6 +64,40 @@ def test_a_model_that_reads_when_its_target_happens_is_told_by_now(
     assert tables[0] == tables[1] != tables[2]
 
 
+def test_titles_are_dated_by_the_newest_event_or_now(
+    run_training: Callable[..., Run], load: Callable[..., Recommendations]
+) -> None:
+    flags = ["user.target_time=true", "user.time_features=true", "user.time_gaps=true", "trainer.max_epochs=1"]
+    run = run_training("items=id", "user=hstu", *flags)
+    for now in (None, 880_400_000):
+        model = load(run, None, now)
+        when = now or model.datamodule.interactions.timestamps.max()
+        history = model.history_of_titles([title(3), title(4)])
+        assert history.timestamps.tolist() == history.target_times.tolist() == [[when] * 2]
+
+
+def test_now_is_refused_where_nothing_reads_it(id_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused([f"ckpt={id_run.best}", "user=1", "now=880000000"], capsys)
+    assert "now=880000000: only a model with user.target_time=true" in message
+
+
+def test_a_users_cold_items_are_neither_read_nor_recommended(
+    run_training: Callable[..., Run], load: Callable[..., Recommendations]
+) -> None:
+    model = load(run_training("items=cached", "dataset.cold_items=0.4", "trainer.max_epochs=1"))
+    history = model.history_of_user("2")
+    warm = [movie for movie in range(15, 22) if movie in model.datamodule.pool.tolist()]
+    assert 0 < len(warm) < 7
+    assert history.items.tolist() == [warm]
+    assert history.timestamps[0].equal(880_000_000 + 600 * (history.items[0] - 15))
+    assert dict(model.rank(history, k=30)).keys() == {title(movie) for movie in range(1, 31)} - {
+        title(movie) for movie in range(15, 22)
+    }
+    model.datamodule.pool = model.datamodule.pool[:0]
+    with pytest.raises(ConfigError, match=r"user=2: dataset\.cold_items holds out every item of the history"):
+        model.history_of_user("2")
+
+
 def test_what_was_not_in_training_is_not_recommended_by_ids(
     model: Recommendations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

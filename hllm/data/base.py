@@ -110,6 +110,10 @@ class DataModule(L.LightningDataModule, ABC):
         """(E,) item ids and (E,) times in seconds of everything a user, by original id, did; None: no such user."""
 
     @abstractmethod
+    def newest_time(self) -> int:
+        """Seconds since 1970 of the newest of all events."""
+
+    @abstractmethod
     def setup(self, stage: str | None = None) -> None: ...
 
     def prepare_data(self) -> None:
@@ -332,6 +336,9 @@ class SequenceDataModule(DataModule):
             return None
         events = slice(*self.interactions.offsets[found[0] : found[0] + 2])
         return np.array(self.interactions.items[events]), np.array(self.interactions.timestamps[events])
+
+    def newest_time(self) -> int:
+        return int(self.interactions.timestamps.max())
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rows = train_rows(self.events, self.splits.train_ends, self.config.max_history, self.config.rows)

@@ -71,6 +71,9 @@ class ShardedData(DataModule):
     def history(self, user: str) -> tuple[Array32, Array64] | None:
         return self.shards.history(user)
 
+    def newest_time(self) -> int:
+        return self.shards.newest_time()
+
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._rows_loader("train", self.config.batch_size)
 

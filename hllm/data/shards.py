@@ -164,6 +164,11 @@ class ShardFolder:
                 return found["items"][0].to_numpy().astype(np.int32), found["timestamps"][0].to_numpy().astype(np.int64)
         return None
 
+    def newest_time(self) -> int:
+        """Of all events, in seconds; a column of every file is read."""
+        newest = pl.col("timestamps").list.last().max()
+        return max(int(pl.scan_parquet(path, glob=False).select(newest).collect().item()) for path in self.paths)
+
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     # without glob=False, Polars takes a [ in the name for a pattern

@@ -140,6 +140,7 @@ def test_shards_tell_the_same_about_items_and_users(plain: SequenceDataModule, f
         assert expected is not None
         assert [array.tolist() for array in found] == [array.tolist() for array in expected]
     assert data.history("41") is None
+    assert data.newest_time() == plain.newest_time() > 0
 
 
 def test_ids_of_many_users_take_no_python_objects(folder: Path) -> None:
