@@ -40,7 +40,8 @@ def save_run(
     ranks = draw.integers(0, 8 if experiment == "text" else 60, len(USERS)).astype(np.float64)
     hits = (ranks < 10).mean()
     values = {"users": 30, **dict.fromkeys(table.METRICS, float(hits)), "ties": 0.0}
-    groups = {"all": values, "0": values | {"users": 10}, "history 1-19": values | {"users": 20}}
+    cold = " cold " in protocol
+    groups = {"all": values, "cold" if cold else "0": values | {"users": 10}, "history 1-19": values | {"users": 20}}
     record = {
         "results": {"val": {"all": values}, "test": groups, "popularity": groups},
         "identity": {"dataset": "toy", "protocol": protocol, "catalogue": "9 items", "interactions": data},
@@ -53,6 +54,7 @@ def save_run(
     (run / "environment.json").write_text(json.dumps(environment))
     counts = np.where(np.arange(30) < 10, 0, 20)
     columns = {"user": USERS, "target": USERS, "rank": ranks, "target_count": counts, "history": counts + 5}
+    columns["cold"] = cold & (np.arange(30) < 7)  # three targets that nobody has in training were not held out
     pl.DataFrame(columns).write_parquet(run / "ranks.parquet")
     return run
 
@@ -155,12 +157,35 @@ def test_runs_that_are_no_seeds_of_one_experiment_are_refused(
         measured(runs)
 
 
+def test_a_later_seed_of_another_config_is_refused_unless_all_are_measured_again(
+    runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "FOLDER", runs / "records")
+    records.save("toy", measured(runs))
+    record, later = records.load("toy"), tmp_path_factory.mktemp("later")
+    save_run(later, "text", 2, "loss.chunk_size=77", "dataset.num_workers=1")
+    with pytest.raises(SystemExit, match=r"of the record's text: loss\.chunk_size was None, now 77"):
+        measured(later, record)
+    for seed in (0, 1, 10):
+        save_run(later, "text", seed, "loss.chunk_size=77")
+    again = measured(later, record)
+    assert again["configs"]["text"]["loss"]["chunk_size"] == 77
+    assert again["configs"]["ids"]["loss"]["chunk_size"] is None
+
+
+def test_a_record_older_than_a_key_has_its_default(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    record, later = measured(runs), tmp_path_factory.mktemp("later")
+    del record["configs"]["text"]["loss"]["chunk_size"]
+    save_run(later, "text", 2)
+    assert len(measured(later, record)["runs"]) == 10
+
+
 def test_cold_targets_are_compared_apart(tmp_path: Path) -> None:
     for experiment in ("ids", "text"):
         save_run(tmp_path, experiment, 0, protocol="leave_one_out cold 10% seed 0")
     record = measured(tmp_path)
     assert [gap["group"] for gap in record["differences"]] == ["all", "all", "cold", "cold"]
-    ranked = [read_run(tmp_path / name / "0").metric("hr@10")[np.argsort(USERS) < 10] for name in ("text", "ids")]
+    ranked = [read_run(tmp_path / name / "0").metric("hr@10")[np.argsort(USERS) < 7] for name in ("text", "ids")]
     assert record["differences"][2]["difference"] == pytest.approx((ranked[0] - ranked[1]).mean(), abs=1e-6)
     text = section(record)
     assert "hr@10, cold targets" in text

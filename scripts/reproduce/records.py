@@ -30,7 +30,7 @@ def path_of(name: str) -> Path:
 
 
 def empty() -> Record:
-    return {"identity": None, "popularity": {}, "runs": [], "intervals": {}, "differences": []}
+    return {"identity": None, "popularity": {}, "configs": {}, "runs": [], "intervals": {}, "differences": []}
 
 
 def load(name: str) -> Record:
@@ -42,13 +42,15 @@ def load(name: str) -> Record:
 
 
 def save(name: str, record: Record) -> None:
-    """One line a run and a difference, so that a change shows as one."""
+    """One line a config, a run and a difference, so that a change shows as one."""
 
     def lines(values: Iterable[Any]) -> str:
         return ",\n".join(f"    {json.dumps(value)}" for value in values)
 
     FOLDER.mkdir(exist_ok=True)
     parts = [f'  "{key}": {json.dumps(record[key])}' for key in ("identity", "popularity", "intervals")]
+    configs = ",\n".join(f"    {json.dumps(name)}: {json.dumps(config)}" for name, config in record["configs"].items())
+    parts.append(f'  "configs": {{\n{configs}\n  }}')
     parts += [f'  "{key}": [\n{lines(record[key])}\n  ]' for key in ("runs", "differences")]
     path_of(name).write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -90,10 +92,12 @@ def update(record: Record, folders: Sequence[Path], baseline: str, pairs: Sequen
 
     Every experiment is compared with ``baseline``, and the first of each of ``pairs`` with the second. Intervals and
     differences need the ranks of all seeds that the record has of an experiment. Where they are not in the folders,
-    earlier ones stay if no run of theirs is new, and go if one is.
+    earlier ones stay if no run of theirs is new, and go if one is. What seeds share of a config is kept, so that a seed
+    measured later is known to be one.
 
     Raises:
-        SystemExit: a run is on other data than the record, found twice, or of another config than its other seeds.
+        SystemExit: a run is on other data than the record, found twice, or of another config than its other seeds, be
+            they in the folders or of the record.
     """
     paths = find_runs(folders)
     identity, popularity = record["identity"], record["popularity"]
@@ -117,6 +121,16 @@ def update(record: Record, folders: Sequence[Path], baseline: str, pairs: Sequen
         runs[kept["experiment"], kept["seed"]] = kept
         if "popularity" in (results := json.loads((path / "metrics.json").read_text())["results"]):
             popularity = _rounded(results["popularity"])
+    configs = dict(record["configs"])
+    for name, seeds in ranked.items():
+        first = next(iter(seeds.values()))
+        if {seed for experiment, seed in runs if experiment == name} > seeds.keys():  # some of the record's stay
+            for change in differences(comparable(configs[name]), comparable(first.config)):
+                raise SystemExit(
+                    f"error: {first.folder} is not a seed of the record's {name}: {change}; measure its other seeds "
+                    "again too, or forget all runs of the record with --fresh"
+                )
+        configs[name] = comparable(first.config)
     whole = {
         name: [seeds[seed] for seed in sorted(seeds)]
         for name, seeds in ranked.items()
@@ -132,6 +146,7 @@ def update(record: Record, folders: Sequence[Path], baseline: str, pairs: Sequen
     return {
         "identity": identity,
         "popularity": popularity,
+        "configs": dict(sorted(configs.items())),
         "runs": [runs[key] for key in sorted(runs)],
         "intervals": dict(sorted(intervals.items())),
         "differences": gaps,
@@ -148,8 +163,7 @@ def _intervals(seeds: list[RankedRun]) -> dict[str, list[float]]:
 def _differences(name: str, against: str, comparison: Comparison) -> list[dict[str, Any]]:
     """Of all users, and of cold items where the protocol has some; over seeds where both have the same."""
     groups: list[tuple[str, Any]] = [("all", None)]
-    if " cold " in comparison.a[0].identity["protocol"]:
-        groups += [("cold", chosen) for group, chosen in comparison.groups() if group == "target 0"]
+    groups += [("cold", chosen) for group, chosen in comparison.groups() if group == "target cold"]
     found = []
     for group, chosen in groups:
         for metric in COMPARED:
