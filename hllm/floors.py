@@ -8,6 +8,7 @@ Each floor leaves a run folder as hllm.train does, so that tables and hllm.compa
 B rows, L longest history of the batch, I catalogue items, E training events, W width of the Item LLM.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -150,20 +151,17 @@ def _training_events(data: SequenceDataModule) -> tuple[Array64, Array64, Array6
 
 
 def measure(
-    floor: Floor, batches: Iterable[Batch], config: Config, counts: Tensor
+    floor: Floor, batches: Iterable[Batch], config: Config, data: SequenceDataModule
 ) -> tuple[Groups, list[tuple[Tensor, ...]]]:
-    """Metrics over evaluation batches, coverage included, and the ranks as ``write_ranks`` wants them.
-
-    Args:
-        counts: (I + 1,) training events of each item.
-    """
+    """Metrics over evaluation batches, coverage included, and the ranks as ``write_ranks`` wants them."""
     c = config.evaluation
-    metrics, coverage = RankingMetrics(c.ks, c.bucket_edges, c.history_edges), Coverage(c.ks, len(counts) - 1)
+    metrics = RankingMetrics(c.ks, c.bucket_edges, c.history_edges, data.pool is not None)
+    coverage = Coverage(c.ks, data.num_items)
     ranked: list[tuple[Tensor, ...]] = []
     for batch in batches:
         scores, targets = floor.score(batch), batch.targets.max(dim=1).values
         ranks, ties = target_ranks(scores, targets, batch.seen)
-        metrics.update(ranks, ties, counts[targets], batch.history_lengths)
+        metrics.update(ranks, ties, data.train_counts[targets], batch.history_lengths, data.is_cold(targets))
         coverage.update(scores, batch.seen)
         ranked.append((batch.users, targets, ranks, batch.history_lengths))
     groups: Groups = metrics.compute()
@@ -181,7 +179,7 @@ def choose(floors: list[Floor], data: SequenceDataModule, config: Config) -> Flo
     name = config.callbacks.monitor.removeprefix("val/")
     values = []
     for floor in floors:
-        groups, _ = measure(floor, batches, config, data.train_counts)
+        groups, _ = measure(floor, batches, config, data)
         values.append(groups["all"][name])
         log.info("%s: %s %.4f", floor.settings, name, values[-1])
     return floors[int(np.argmax(values))]
@@ -203,7 +201,7 @@ def all_floors(data: SequenceDataModule, config: Config) -> Iterator[tuple[str, 
 
 
 def run_floors(config: Config, folder: Path) -> list[Path]:
-    """Measure every floor; returns their run folders, ``folder/floor_NAME``.
+    """Measure every floor that ``folder`` has not on the same data; returns all run folders, ``folder/floor_NAME``.
 
     Raises:
         ConfigError: dataset=sharded, whose training events no process holds.
@@ -217,25 +215,32 @@ def run_floors(config: Config, folder: Path) -> list[Path]:
     folders: list[Path] = []
     popular: Groups = {}
     for name, vectors, floors in all_floors(data, config):
+        identity = {**data_identity(config, data), "item vectors": vectors}
+        folders.append(folder / f"floor_{name}")
+        if (finished := folders[-1] / "metrics.json").is_file():
+            content = json.loads(finished.read_text())
+            if content["identity"] == identity:
+                popular = popular or content["results"]["test"]
+                log.info("%s: finished before", folders[-1])
+                continue
+            finished.unlink()
         started = time.perf_counter()
         floor = choose(floors, data, config)
         fitted = time.perf_counter()
-        val, _ = measure(floor, data.val_dataloader(), config, data.train_counts)
-        test, ranked = measure(floor, data.test_dataloader(), config, data.train_counts)
+        val, _ = measure(floor, data.val_dataloader(), config, data)
+        test, ranked = measure(floor, data.test_dataloader(), config, data)
         popular = popular or test  # the first floor
         results = {"val": val, "test": test, "popularity": popular}
-        identity = {**data_identity(config, data), "item vectors": vectors}
         seconds = {"fit": fitted - started, "total": time.perf_counter() - started}
-        folders.append(folder / f"floor_{name}")
         write_run_info(replace(config, experiment_name=folders[-1].name), folders[-1])
-        content = {"results": results, "identity": identity, "epochs": 0, "seconds": seconds}
-        write_json(folders[-1] / "metrics.json", content | {"settings": floor.settings})
         write_ranks(folders[-1] / "ranks.parquet", ranked, data)
         report = full_report(results, identity, name)
         if floor.settings:
             settings = ", ".join(f"{key}={value}" for key, value in floor.settings.items())
             report += f"\n\nChosen by {config.callbacks.monitor}: {settings}."
         (folders[-1] / "report.md").write_text(report + "\n")
+        content = {"results": results, "identity": identity, "epochs": 0, "seconds": seconds}
+        write_json(finished, content | {"settings": floor.settings})  # last: with it the floor is finished
         print(f"\n{report}\n\nrun folder: {folders[-1]}")
     return folders
 

@@ -181,6 +181,20 @@ def test_without_stored_vectors_there_is_no_text_floor(run_config: Callable[...,
     assert names == ["floor_popularity", "floor_recent", "floor_co_occurrence"]
 
 
+def test_finished_floors_are_skipped_and_cut_ones_measured(run_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = run_config("items=id")
+    folders = run_floors(config, tmp_path)
+    written = [(folder / "metrics.json").read_text() for folder in folders]
+    (folders[1] / "metrics.json").unlink()
+    (folders[0] / "ranks.parquet").unlink()  # would be back if it were measured again
+    assert run_floors(config, tmp_path) == folders
+    again = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert [one["results"] for one in again] == [json.loads(one)["results"] for one in written]
+    assert not (folders[0] / "ranks.parquet").exists()
+    run_floors(run_config("items=id", "dataset.cold_items=0.2"), tmp_path)
+    assert (folders[0] / "ranks.parquet").exists()
+
+
 def test_shards_are_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "build_datamodule", lambda config: object())
     with pytest.raises(ConfigError, match="no process holds them all"):

@@ -244,7 +244,7 @@ def test_a_sweep_over_different_data_is_refused(tmp_path: Path) -> None:
         sweep_plot.read_points([tmp_path], "user.num_layers")
 
 
-def test_a_table_is_run_row_by_row_and_its_floors_once(tmp_path: Path) -> None:
+def test_a_table_is_run_row_by_row_and_its_floors_on_the_same_data(tmp_path: Path) -> None:
     """run_table with a python that notes what it is asked for."""
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -253,21 +253,18 @@ def test_a_table_is_run_row_by_row_and_its_floors_once(tmp_path: Path) -> None:
         'case "$*" in *--overrides) echo dataset.cold_items=0.1;; *--floors) echo dataset=x;; esac\n'
     )
     python.chmod(0o755)
-    command = [str(ROOT / "scripts" / "reproduce" / "cold"), str(tmp_path / "runs"), "0", "user.dim=8"]
+    command = [str(ROOT / "scripts" / "reproduce" / "cold"), str(tmp_path / "runs"), "0", "user.dim=8", "dataset.max_history=9"]
     environment = os.environ | {"VENV": str(tmp_path / "venv"), "EXPERIMENTS": "a b"}
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
-        floor = tmp_path / "runs" / "floors" / "floor_popularity"
-        floor.mkdir(parents=True, exist_ok=True)
-        (floor / "metrics.json").touch()
     asked = (tmp_path / "asked").read_text().splitlines()
     assert [line for line in asked if "hllm.floors" in line] == [
-        f"-m hllm.floors dataset=x hydra.run.dir={tmp_path}/runs/floors"
-    ]
+        f"-m hllm.floors dataset=x hydra.run.dir={tmp_path}/runs/floors dataset.max_history=9"
+    ] * 2  # which skips what is finished
     trained = sorted(line for line in asked if "hllm.train" in line)
     assert [line.split()[2] for line in trained] == ["experiment=a"] * 2 + ["experiment=b"] * 2
-    assert all(line.endswith("logger=csv dataset.cold_items=0.1 user.dim=8") for line in trained)
+    assert all(line.endswith("logger=csv dataset.cold_items=0.1 user.dim=8 dataset.max_history=9") for line in trained)
     assert asked[-1] == f"scripts/reproduce/table.py beauty_cold {tmp_path}/runs"
 
 
