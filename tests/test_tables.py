@@ -228,13 +228,46 @@ def test_a_sweep_is_a_line_a_system_over_the_values(tmp_path: Path) -> None:
     for layers in (1, 2):
         for seed in (0, 1):
             save_run(tmp_path / str(layers), "text", seed, f"user.num_layers={layers}")
-    points = sweep_plot.read_points([tmp_path], "user.num_layers")
+    points, gaps = sweep_plot.read_points([tmp_path], "user.num_layers")
     assert [(point["value"], point["seed"]) for point in points] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    rows = cells(sweep_plot.section("layers", "user.num_layers", points))
+    rows = cells(sweep_plot.section("layers", "user.num_layers", points, gaps))
     hits = [read_run(tmp_path / "2" / "text" / seed).metric("hr@10").mean() for seed in ("0", "1")]
     assert rows[3][:4] == ["`text`", "2", "2", f"{mean(hits):.4f} ± {stdev(hits):.4f}"]
     sweep_plot.plot("layers", "user.num_layers", points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_each_value_of_a_sweep_is_compared_with_the_one_below(tmp_path: Path) -> None:
+    """Shares of training users, which the protocol names: what is ranked is the same."""
+    for share, system in ((0.5, "ids"), (1.0, "text"), (0.1, "other")):
+        for seed in (0, 1):
+            trained = f" trained on {100 * share:g}% of users seed 0" if share < 1 else ""
+            run = save_run(
+                tmp_path / str(share), system, seed, f"dataset.train_users={share}", protocol=f"leave_one_out{trained}"
+            )
+            config = (run / "config.yaml").read_text()
+            (run / "config.yaml").write_text(config.replace(f"experiment_name: {system}", "experiment_name: toy"))
+    points, gaps = sweep_plot.read_points([tmp_path], "dataset.train_users")
+    key = "toy dataset.train_users"
+    assert [(gap["experiment"], gap["against"]) for gap in gaps[::2]] == [
+        (f"{key}=0.5", f"{key}=0.1"),
+        (f"{key}=1", f"{key}=0.5"),
+    ]
+    sides = [
+        np.mean([read_run(tmp_path / folder / str(seed)).metric("hr@10") for seed in (0, 1)], axis=0)
+        for folder in ("1.0/text", "0.5/ids")
+    ]
+    assert gaps[2]["p"] == pytest.approx(paired(*sides).p, abs=1e-6)
+    text = sweep_plot.section("data_scaling", "dataset.train_users", points, gaps)
+    assert "protocol leave_one_out" in text.partition(". ")[0]
+    assert cells(text.partition("###")[2])[2][0] == f"`{key}=0.5` - `{key}=0.1`"
+
+
+def test_a_sweep_over_another_protocol_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "a", "text", 0)
+    save_run(tmp_path / "b", "text", 1, protocol="leave_one_out cold 10% seed 0")
+    with pytest.raises(SystemExit, match="different data"):
+        sweep_plot.read_points([tmp_path], "user.num_layers")
 
 
 def test_a_sweep_over_different_data_is_refused(tmp_path: Path) -> None:
@@ -253,7 +286,8 @@ def test_a_table_is_run_row_by_row_and_its_floors_on_the_same_data(tmp_path: Pat
         'case "$*" in *--overrides) echo dataset.cold_items=0.1;; *--floors) echo dataset=x;; esac\n'
     )
     python.chmod(0o755)
-    command = [str(ROOT / "scripts" / "reproduce" / "cold"), str(tmp_path / "runs"), "0", "user.dim=8", "dataset.max_history=9"]
+    script = str(ROOT / "scripts" / "reproduce" / "cold")
+    command = [script, str(tmp_path / "runs"), "0", "user.dim=8", "dataset.max_history=9"]
     environment = os.environ | {"VENV": str(tmp_path / "venv"), "EXPERIMENTS": "a b"}
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -142,7 +142,7 @@ def update(record: Record, folders: Sequence[Path], baseline: str, pairs: Sequen
     wanted = [(name, baseline) for name in whole if name != baseline] + [(a, b) for a, b in pairs]
     for name, against in dict.fromkeys(wanted):
         if name in whole and against in whole:
-            gaps += _differences(name, against, Comparison(whole[name], whole[against]))
+            gaps += differences_of(name, against, Comparison(whole[name], whole[against]))
     return {
         "identity": identity,
         "popularity": popularity,
@@ -160,7 +160,7 @@ def _intervals(seeds: list[RankedRun]) -> dict[str, list[float]]:
     return {metric: [round(end, 6) for end in user_interval(own, users)] for metric, own in values.items()}
 
 
-def _differences(name: str, against: str, comparison: Comparison) -> list[dict[str, Any]]:
+def differences_of(name: str, against: str, comparison: Comparison) -> list[dict[str, Any]]:
     """Of all users, and of cold items where the protocol has some; over seeds where both have the same."""
     groups: list[tuple[str, Any]] = [("all", None)]
     groups += [("cold", chosen) for group, chosen in comparison.groups() if group == "target cold"]

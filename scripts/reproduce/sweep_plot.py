@@ -1,5 +1,7 @@
 """The runs of a sweep of conf/sweep -> a plot and a table: a metric against the value swept, a line a system.
 
+Each value is compared with the next smaller one of the same system, user by user.
+
     python -m hllm.train -m sweep=data_scaling experiment=ml1m_sasrec,ml1m_light seed=0,1,2
     python scripts/reproduce/sweep_plot.py data_scaling runs/sweeps/...      # any number of sweep folders
     python scripts/reproduce/sweep_plot.py data_scaling                      # again, from its record
@@ -9,14 +11,18 @@ Writes docs/sweep_NAME.png and the section of docs/results.md. A system is an ex
 
 import argparse
 import json
+import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import records
 import yaml
 from results_table import ROOT, write_between
+from table import ABOUT_DIFFERENCES, gap_table
 
-from hllm.compare import DATA
+from hllm.compare import DATA, Comparison, Run, read_run
 from hllm.config import CONF_DIR
 from hllm.report import measured_on, text_table
 from hllm.significance import seed_interval
@@ -38,21 +44,23 @@ def swept_key(name: str) -> str:
     return str(key)
 
 
-def read_points(folders: list[Path], key: str) -> list[Point]:
-    """A point a run: system, value, seed and metrics.
+def read_points(folders: list[Path], key: str) -> tuple[list[Point], list[Point]]:
+    """A point a run: system, value, seed and metrics; and each value's differences from the one below, as of a table.
 
     Raises:
         SystemExit: two runs are of one system, value and seed, or rank other candidates than the rest.
     """
     points: dict[tuple[str, float, int], Point] = {}
+    runs: dict[str, dict[float, list[Run]]] = {}
     for path in records.find_runs(folders):
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        found = json.loads((path / "metrics.json").read_text())
+        run, found = read_run(path), json.loads((path / "metrics.json").read_text())
+        config = run.config
         value: Any = config
         for part in key.split("."):
             value = value[part]
-        # the protocol names the share of users that data_scaling sweeps: what is ranked is the same
-        identity = {name: found["identity"][name] for name in DATA if name != "protocol"}
+        identity = {name: run.identity[name] for name in DATA}
+        # what data_scaling sweeps: who is trained on, not what is ranked
+        identity["protocol"] = re.sub(r" trained on \S+% of users seed \d+", "", identity["protocol"])
         system = (
             config["experiment_name"] or f"{config['items']['name']} {config['user']['name']} {config['loss']['name']}"
         )
@@ -64,10 +72,17 @@ def read_points(folders: list[Path], key: str) -> list[Point]:
         if place in points:
             raise SystemExit(f"error: {path} is {system}, {key}={value}, seed {config['seed']} for the second time")
         points[place] = point
+        runs.setdefault(system, {}).setdefault(value, []).append(replace(run, identity=identity))
     data = {json.dumps(point["identity"]) for point in points.values()}
     if len(data) > 1:
         raise SystemExit(f"error: the runs are on different data: {', '.join(sorted(data))}")
-    return [points[place] for place in sorted(points)]
+    gaps = []
+    for system, values in sorted(runs.items()):
+        for below, value in pairwise(sorted(values)):
+            sides = (sorted(values[one], key=lambda run: run.seed) for one in (value, below))
+            names = (f"{system} {key}={one:g}" for one in (value, below))
+            gaps += records.differences_of(*names, Comparison(*sides))
+    return [points[place] for place in sorted(points)], gaps
 
 
 def lines_of(points: list[Point]) -> dict[str, dict[float, list[Point]]]:
@@ -78,7 +93,7 @@ def lines_of(points: list[Point]) -> dict[str, dict[float, list[Point]]]:
     return lines
 
 
-def section(name: str, key: str, points: list[Point]) -> str:
+def section(name: str, key: str, points: list[Point], gaps: list[Point]) -> str:
     title = f"## {SWEEPS.get(name, name)}"
     if not points:
         return f"{title}\n\nNot measured."
@@ -89,10 +104,13 @@ def section(name: str, key: str, points: list[Point]) -> str:
             cells = [f"{one.mean:.4f}" + (f" ± {one.sd:.4f}" if len(seeds) > 1 else "") for one in spreads]
             rows.append([f"`{system}`", f"{value:g}", str(len(seeds)), *cells])
     commits = ", ".join(sorted({str(point["git"]) for point in points}))
-    identity = {"protocol": "as the experiments' own", **points[0]["identity"]}
-    about = f"{measured_on(identity)}. `{key}` is swept by `sweep={name}`; mean ± sd over seeds; commit `{commits}`."
+    data = measured_on(points[0]["identity"])
+    about = f"{data}. `{key}` is swept by `sweep={name}`; mean ± sd over seeds; commit `{commits}`."
     picture = f"![{SWEEPS.get(name, name)}](sweep_{name}.png)"
-    return "\n\n".join([title, about, picture, text_table(["experiment", key, "seeds", *METRICS], rows)])
+    parts = [title, about, picture, text_table(["experiment", key, "seeds", *METRICS], rows)]
+    if gaps:
+        parts += ["### Each value against the one below", ABOUT_DIFFERENCES, gap_table(gaps)]
+    return "\n\n".join(parts)
 
 
 def plot(name: str, key: str, points: list[Point], path: Path) -> None:
@@ -131,14 +149,16 @@ def main() -> None:
     args = parser.parse_args()
     key, path = swept_key(args.sweep), records.path_of(f"sweep_{args.sweep}")
     if args.folders:
-        points = read_points(args.folders, key)
+        points, gaps = read_points(args.folders, key)
         records.FOLDER.mkdir(exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(point) for point in points) + "\n]\n")
+        lists = (",\n".join(f"    {json.dumps(one)}" for one in values) for values in (points, gaps))
+        path.write_text('{{\n  "points": [\n{}\n  ],\n  "differences": [\n{}\n  ]\n}}\n'.format(*lists))
     else:
-        points = json.loads(path.read_text()) if path.is_file() else []
+        record = json.loads(path.read_text()) if path.is_file() else {"points": [], "differences": []}
+        points, gaps = record["points"], record["differences"]
     if points:
         plot(args.sweep, key, points, ROOT / "docs" / f"sweep_{args.sweep}.png")
-    write_between(ROOT / "docs" / "results.md", f"sweep {args.sweep}", section(args.sweep, key, points))
+    write_between(ROOT / "docs" / "results.md", f"sweep {args.sweep}", section(args.sweep, key, points, gaps))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ ABOUT_DIFFERENCES = (
     "seed, with its 95 % t interval."
 )
 ABOUT_INTERVALS = "Where the mean could lie with other seeds (t interval) and with other users (bootstrap), at 95 %."
-ABOUT_POPULARITY = "Test users by how often their target occurs in training; their number in brackets."
+ABOUT_POPULARITY = (
+    "Test users by how often their target occurs in training (cold: held out of it); their number in brackets."
+)
 ABOUT_HISTORY = "Test users by how many events they have before the target; their number in brackets."
 ABOUT_COST = "Means over seeds. Seconds an epoch hold the validation in it; seconds in all also the test."
 
@@ -191,7 +193,11 @@ def difference_table(rows: list[Row], record: records.Record) -> str:
     """In the order of the rows, the baseline's comparisons first as the record has them."""
     order = {row.name: place for place, row in enumerate(rows)}
     counts = Counter(gap["against"] for gap in record["differences"])
-    gaps = sorted(record["differences"], key=lambda gap: (-counts[gap["against"]], order[gap["experiment"]]))
+    return gap_table(sorted(record["differences"], key=lambda gap: (-counts[gap["against"]], order[gap["experiment"]])))
+
+
+def gap_table(gaps: list[dict[str, Any]]) -> str:
+    """Differences as records keep them; p-values corrected over all of them."""
     lines = []
     for gap, p in zip(gaps, holm([gap["p"] for gap in gaps]), strict=True):
         seeds = gap.get("seeds")
@@ -222,9 +228,7 @@ def group_tables(rows: list[Row], record: records.Record, history: bool) -> list
     names = [group for group in groups if group.startswith("history ") is history]
     if not names:
         return []
-    cold = " cold " in record["identity"]["protocol"]
-    labels = ["cold" if cold and group == "0" else group.removeprefix("history ") for group in names]
-    header = [f"{label} ({groups[group]['users']:.0f})" for label, group in zip(labels, names, strict=True)]
+    header = [f"{group.removeprefix('history ')} ({groups[group]['users']:.0f})" for group in names]
     tables = []
     for metric in reversed(records.COMPARED):
         lines = [[row.label, *(row.spread(metric, group) for group in names)] for row in rows]
