@@ -45,7 +45,7 @@ class Run:
     Args:
         config: the run's config as plain values.
         identity: what it was measured on.
-        ranks: user, target, rank and, of newer runs, target_count and history; in the order of user and target.
+        ranks: user, target, rank and, of newer runs, target_count, cold and history; in the order of user and target.
     """
 
     folder: Path
@@ -178,13 +178,16 @@ class Comparison:
     def groups(self) -> list[tuple[str, npt.NDArray[np.bool_]]]:
         """Name and (N,) members of each group of targets or histories that has any; none for runs that lack them."""
         ranks, config = self.a[0].ranks, self.a[0].config["evaluation"]
-        groups = []
+        cold = ranks["cold"].to_numpy() if "cold" in ranks.columns else np.zeros(len(ranks), np.bool_)
+        groups = [("target cold", cold)] if cold.any() else []
         for column, edges, first, prefix in (
             ("target_count", config.get("bucket_edges"), 0, "target "),
             ("history", config.get("history_edges"), 1, "history "),
         ):
             if column in ranks.columns and edges:
                 place = np.searchsorted(edges, ranks[column].to_numpy(), side="right")
+                if column == "target_count":
+                    place[cold] = -1
                 for number, label in enumerate(group_labels(edges, first)):
                     if (place == number).any():
                         groups.append((prefix + label, place == number))

@@ -69,6 +69,7 @@ class RankingMetrics(Metric):
         bucket_edges: increasing; group 0 holds targets seen less often than the first edge, the last those seen at
             least as often as the last edge.
         history_edges: likewise of the events before the target; none breaks nothing down by them.
+        cold: items are held out of training; they are a group of their own, ``cold``, and in none by training events.
     """
 
     full_state_update = False
@@ -76,11 +77,15 @@ class RankingMetrics(Metric):
     users: Tensor
     ties: Tensor
 
-    def __init__(self, ks: Sequence[int], bucket_edges: Sequence[int], history_edges: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ks: Sequence[int], bucket_edges: Sequence[int], history_edges: Sequence[int] = (), cold: bool = False
+    ) -> None:
         super().__init__()
-        self.ks, self.edges, self.history_edges = list(ks), list(bucket_edges), list(history_edges)
+        self.ks, self.edges, self.history_edges, self.cold = list(ks), list(bucket_edges), list(history_edges), cold
         self.names = EvaluationConfig(self.ks, self.edges).metric_names()
         self.labels = group_labels(self.edges)
+        if cold:
+            self.edges, self.labels = [0, *self.edges], ["cold", *self.labels]
         if history_edges:
             self.labels += [f"history {label}" for label in group_labels(history_edges, first=1)]
         zeros = torch.zeros(len(self.labels), len(self.names), dtype=torch.float64)
@@ -88,15 +93,26 @@ class RankingMetrics(Metric):
         self.add_state("users", torch.zeros(len(self.labels), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("ties", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, ranks: Tensor, ties: Tensor, target_counts: Tensor, histories: Tensor | None = None) -> None:
+    def update(
+        self,
+        ranks: Tensor,
+        ties: Tensor,
+        target_counts: Tensor,
+        histories: Tensor | None = None,
+        cold: Tensor | None = None,
+    ) -> None:
         """Count users in.
 
         Args:
             ranks, ties: (B,) as ``target_ranks`` gives them.
             target_counts: (B,) occurrences of the targets in training.
             histories: (B,) events before the target, where there are ``history_edges``.
+            cold: (B,) bool, which targets are held out of training, where items are.
         """
         values = rank_metrics(ranks, self.ks)
+        if self.cold:
+            assert cold is not None
+            target_counts = target_counts.masked_fill(cold, -1)  # below the edge 0
         members = _one_hot(target_counts, self.edges)  # (B, G)
         if self.history_edges:
             assert histories is not None

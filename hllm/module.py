@@ -81,7 +81,8 @@ class Recommender(L.LightningModule):
         self.register_buffer("train_counts", train_counts, persistent=False)
         self.register_buffer("pool", pool, persistent=False)
         self.val_metrics, self.test_metrics, self.popularity_metrics = (
-            RankingMetrics(evaluation.ks, evaluation.bucket_edges, evaluation.history_edges) for _ in range(3)
+            RankingMetrics(evaluation.ks, evaluation.bucket_edges, evaluation.history_edges, pool is not None)
+            for _ in range(3)
         )
         self.test_coverage, self.popularity_coverage = (
             Coverage(evaluation.ks, len(train_counts) - 1) for _ in range(2)
@@ -226,7 +227,8 @@ class Recommender(L.LightningModule):
         """Count a batch into the metrics; (B,) target ids, (B,) ranks and (B,) events before the target."""
         targets, histories = batch.targets.max(dim=1).values, batch.history_lengths
         ranks, ties = target_ranks(scores, targets, batch.seen)
-        metrics.update(ranks, ties, self.train_counts[targets], histories)
+        cold = None if self.pool is None else torch.isin(targets, self.pool, invert=True)
+        metrics.update(ranks, ties, self.train_counts[targets], histories, cold)
         return targets, ranks, histories
 
     def on_validation_epoch_end(self) -> None:

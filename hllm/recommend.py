@@ -178,8 +178,7 @@ class Recommendations:
             examples = ", ".join(self.datamodule.user_ids(np.arange(min(3, num_users))))
             raise ConfigError(f"user={user}: not among the {num_users} users ({examples}, ...)")
         items, timestamps = torch.from_numpy(history[0].astype("int64")), torch.from_numpy(history[1])
-        pool = self.datamodule.pool
-        read = torch.ones_like(items, dtype=torch.bool) if pool is None else torch.isin(items, pool)
+        read = ~self.datamodule.is_cold(items)
         if not read.any():
             raise ConfigError(f"user={user}: dataset.cold_items holds out every item of the history: nothing to read")
         return self._history(items, timestamps, read)

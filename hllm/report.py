@@ -32,15 +32,10 @@ def results_table(results: Results, system: str) -> str:
     return text_table(["test", *names], rows)
 
 
-def frequency_table(results: Results, system: str, cold: bool = False) -> str:
-    """HR and NDCG at the first list length, by how often the target occurs in training.
-
-    Args:
-        cold: items were held out of training, and stand in the first group.
-    """
-    groups = {f"{group} times": group for group in results["test"] if group != "all" and not _is_history(group)}
-    if cold and "0 times" in groups:
-        groups = {"cold": groups.pop("0 times")} | groups
+def frequency_table(results: Results, system: str) -> str:
+    """HR and NDCG at the first list length, by how often the target occurs in training; items held out of it apart."""
+    names = [group for group in results["test"] if group != "all" and not _is_history(group)]
+    groups = {group if group == "cold" else f"{group} times": group for group in names}
     return _group_table(results, system, "target seen in training", groups)
 
 
@@ -85,8 +80,7 @@ def protocol_line(identity: Mapping[str, str], results: Results) -> str:
 
 
 def full_report(results: Results, identity: Mapping[str, str], system: str) -> str:
-    cold = " cold " in identity["protocol"]
-    tables = [results_table(results, system), frequency_table(results, system, cold)]
+    tables = [results_table(results, system), frequency_table(results, system)]
     if any(_is_history(group) for group in results["test"]):
         tables.append(history_table(results, system))
     return "\n\n".join([protocol_line(identity, results), *tables])

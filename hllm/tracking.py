@@ -135,7 +135,8 @@ def write_run_info(config: Config, run_dir: Path) -> None:
 def write_ranks(path: Path, test_ranks: Sequence[tuple[Tensor, ...]], datamodule: DataModule) -> None:
     """Each test user's target and its rank, by original ids: ``hllm.compare`` can then set two runs side by side.
 
-    Beside them stand what results are broken down by: the target's events in training, and the user's before it.
+    Beside them stand what results are broken down by: the target's events in training, whether it was held out of it,
+    and the user's events before it.
 
     Args:
         test_ranks: batches of (B,) users, targets, ranks and events before the target, as ``Recommender.test_ranks``.
@@ -147,6 +148,7 @@ def write_ranks(path: Path, test_ranks: Sequence[tuple[Tensor, ...]], datamodule
         "target": datamodule.catalog.ids[targets[order] - 1],
         "rank": ranks[order],
         "target_count": datamodule.train_counts.numpy()[targets[order]],
+        "cold": datamodule.is_cold(torch.from_numpy(targets[order])).numpy(),
         "history": histories[order],
     }
     pl.DataFrame(columns).write_parquet(path)

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from conftest import Run
 
+from hllm.compare import Comparison, read_runs
 from hllm.embed import embed_checkpoint
 from hllm.errors import CheckpointError, ConfigError
 from hllm.evaluate import checkpoint_config, load_checkpoint, main
@@ -35,7 +37,26 @@ def test_evaluate_prints_the_report_of_the_run(
     assert capsys.readouterr().out.strip() == (run.folder / "report.md").read_text().strip()
 
 
-@pytest.mark.parametrize("fixture", ["id_run", "cached_run"])
+@pytest.fixture(scope="module")
+def timed_run(run_training: Callable[..., Run]) -> Run:
+    """Fused items, times of events and targets, cold items."""
+    times = ["user.target_time=true", "user.time_features=true", "user.time_gaps=true", "user.length_groups=2"]
+    return run_training("items=fused", "user=hstu", *times, "dataset.cold_items=0.2", "trainer.max_epochs=2")
+
+
+def test_users_whose_target_was_held_out_are_a_group_of_their_own(timed_run: Run) -> None:
+    found = timed_run.evaluation.results["test"]
+    ranks = pl.read_parquet(timed_run.folder / "ranks.parquet")
+    cold = ranks.filter("cold")
+    assert 0 < len(cold) < len(ranks)
+    assert (cold["target_count"] == 0).all()
+    assert found["cold"]["users"] == len(cold)
+    assert found["cold"]["mrr"] == pytest.approx((1 / (cold["rank"] + 1)).mean(), rel=1e-6)
+    assert "| cold " in (timed_run.folder / "report.md").read_text()
+    assert "target cold" in [name for name, _ in Comparison(*[read_runs(timed_run.folder)] * 2).groups()]
+
+
+@pytest.mark.parametrize("fixture", ["id_run", "cached_run", "timed_run"])
 def test_evaluate_gives_the_numbers_of_the_run_to_the_last_digit(
     fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

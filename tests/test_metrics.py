@@ -133,6 +133,20 @@ def test_groups_by_training_frequency_add_up_to_all(case: tuple[Tensor, Tensor, 
         assert total / 40 == pytest.approx(found["all"][name], abs=1e-12)
 
 
+def test_targets_held_out_of_training_are_a_group_of_their_own(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ranks, ties = target_ranks(*case[:3])
+    counts, cold = torch.arange(40) % 3, torch.arange(40) % 6 == 0  # half of those that were never seen
+    metrics = RankingMetrics(KS, [1, 4], cold=True)
+    metrics.update(ranks, ties, counts, cold=cold)
+    found = metrics.compute()
+    members = {"cold": cold, "0": (counts == 0) & ~cold, "1-3": counts > 0}
+    assert list(found) == ["all", *members]
+    for group, chosen in members.items():
+        assert found[group]["users"] == chosen.sum()
+        assert found[group]["mrr"] == pytest.approx((1 / (ranks[chosen] + 1)).double().mean().item(), rel=1e-6)
+    assert found["all"]["users"] == 40
+
+
 def test_groups_without_users_are_left_out(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     scores, targets, seen, _ = case
     assert list(filled((scores, targets, seen, torch.full((40,), 2))).compute()) == ["all", "1-3"]

@@ -92,6 +92,12 @@ class DataModule(L.LightningDataModule, ABC):
     def num_items(self) -> int:
         return len(self.catalog)
 
+    def is_cold(self, items: torch.Tensor) -> torch.Tensor:
+        """(n,) item ids -> (n,) bool: which of them are held out of training."""
+        if self.pool is None:
+            return torch.zeros_like(items, dtype=torch.bool)
+        return torch.isin(items, self.pool, invert=True)
+
     @property
     @abstractmethod
     def num_users(self) -> int: ...

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hllm.data.schema import Interactions
 from hllm.data.splits import Rows, Splits
+from hllm.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +22,16 @@ Mask = npt.NDArray[np.bool_]
 
 
 def draw_cold(num_items: int, share: float, seed: int) -> Mask:
-    """(I + 1,) which items are cold: ``share`` of them, rounded. Entry 0, padding, is not."""
+    """(I + 1,) which items are cold: ``share`` of them, rounded. Entry 0, padding, is not.
+
+    Raises:
+        ConfigError: that is none of them, or all.
+    """
+    num_cold = round(share * num_items)
+    if not 0 < num_cold < num_items:
+        raise ConfigError(f"dataset.cold_items={share}: rounds to {num_cold} of {num_items} items: hold out some")
     cold = np.zeros(num_items + 1, dtype=np.bool_)
-    cold[1 + np.random.default_rng(seed).permutation(num_items)[: round(share * num_items)]] = True
+    cold[1 + np.random.default_rng(seed).permutation(num_items)[:num_cold]] = True
     return cold
 
 

@@ -60,6 +60,12 @@ def test_a_share_of_the_items_is_drawn_by_the_seed_alone() -> None:
     assert (cold != draw_cold(1000, 0.1, 4)).any()
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.01, 0), (0.99, 30)])
+def test_a_share_that_rounds_to_no_item_or_all_is_refused(share: float, count: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^dataset\.cold_items={share}: rounds to {count} of 30 items"):
+        draw_cold(NUM_ITEMS, share, 0)
+
+
 @pytest.mark.parametrize("kind", ["windows", "prefixes"])
 def test_no_training_row_reads_or_predicts_a_cold_item(
     kind: str, run_config: Callable[..., Config], cold: set[int]
