@@ -53,7 +53,7 @@ class Weights:
         path: the file.
         tensors: by their names in a Recommender; mapped from the file, not read yet.
         names: what the file calls those that it calls otherwise.
-        items: kind of the item tower: llm, cached or id.
+        items: kind of the item tower: llm, fused, cached or id.
         identity: what they were trained on; the official file does not say.
         lora_scales: factor on the low-rank updates, by beginning of the names.
     """
@@ -238,6 +238,8 @@ def _remedy(name: str) -> str:
         return "choose the Item LLM that they were trained from, with as many layers: llm= llm.model= llm.num_layers="
     if name.startswith("users.model."):
         return "choose the User LLM that they were trained from, with as many layers: llm@user.llm= user.num_layers="
+    if name.startswith("times."):
+        return "user.time_features, user.time_gaps and user.target_time say which of them there are"
     return "choose the items=, user= and head= that they were trained with"
 
 

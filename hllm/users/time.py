@@ -40,7 +40,10 @@ def calendar_fields(timestamps: Tensor) -> Tensor:
 
 
 def gap_bucket(seconds: Tensor) -> Tensor:
-    """Bucket of a time between two events: 0 for none, then two to a doubling; (...) int64 -> (...) int64."""
+    """Bucket of a time between two events: (...) int64 -> (...) int64.
+
+    0 for none, 2 for a second, then two to a doubling of the seconds and one more: no whole number of them is in 1.
+    """
     return (2 * (seconds.clamp(min=0).float() + 1).log2()).long().clamp(max=NUM_GAPS - 1)
 
 
