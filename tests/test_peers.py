@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from hllm.build import build_datamodule
-from hllm.config import Config
+from hllm.config import Config, compose
 from hllm.data.base import SequenceDataModule
 from hllm.metrics import target_ranks
 
@@ -83,6 +84,51 @@ def test_the_newest_events_stand_on_the_right() -> None:
 def row(name: str, seed: int, **values: Any) -> dict[str, Any]:
     about = {"name": name, "label": name, "items": "ids", "epoch": "all", "target_time": False, "seed": seed}
     return about | {"selection": "s", "peak_mb": 9.0, **values}
+
+
+def test_a_peer_is_compared_with_ours_that_is_told_as_much(tmp_path: Path) -> None:
+    models = {
+        "rectools_sasrec": ("sasrec", "ids", False),
+        "rectools_hstu": ("hstu", "ids", False),
+        "rectools_hstu_time": ("hstu_time", "ids", True),
+        "rectools_unisrec": ("unisrec", "text", False),
+        "ours_sasrec": ("transformer", "ids", False),
+        "ours_hstu": ("hstu", "ids", False),
+        "ours_hstu_time": ("hstu", "ids", True),
+    }
+    rows = []
+    for name, (model, items, told) in models.items():
+        metrics = {"metrics": dict.fromkeys(peers.METRICS, 0.5), "epochs": 2, "seconds": {"fit": 3.0, "total": 4.0}}
+        rows.append(row(name, 0, model=model, **metrics) | {"items": items, "target_time": told})
+        (tmp_path / name / "0").mkdir(parents=True)
+        pl.DataFrame({"user": ["a", "b"], "rank": [0.0, 3.0]}).write_parquet(tmp_path / name / "0" / "ranks.parquet")
+    found = peers.compare(rows, tmp_path)
+    assert {gap["name"]: gap["against"] for gap in found} == {
+        "rectools_sasrec": "ours_sasrec",
+        "rectools_hstu": "ours_hstu",
+        "rectools_hstu_time": "ours_hstu_time",
+    }
+    identity = {"dataset": "toy", "protocol": "p", "interactions": "abc", "users": 3, "items": 5}
+    record = {"identity": identity, "settings": {}, "environment": {"git": "c"}, "date": "d", "rows": rows}
+    differences = peers.section({**record, "differences": found}).partition("User by user")[2]
+    told = [[cell.strip() for cell in line.split("|")[1:4]] for line in differences.splitlines() if "hstu_time" in line]
+    assert told == [["rectools_hstu_time", "ours_hstu_time", "known"]]
+
+
+@pytest.mark.parametrize("data", list(peers.OURS))
+def test_rows_of_ours_are_known_experiments_of_every_kind(data: str) -> None:
+    kinds = []
+    for name in peers.OURS[data]:
+        experiment, *changes = name.split(",")
+        config = compose([f"experiment={experiment}", *changes])
+        assert config.dataset.name == data
+        kinds.append((config.items.name, config.user.name, config.user.target_time))
+    assert kinds == [
+        ("id", "transformer", False),
+        ("id", "hstu", False),
+        ("id", "hstu", True),
+        ("cached", "transformer", False),
+    ]
 
 
 def test_a_peer_that_fails_is_a_row_that_says_why(tmp_path: Path) -> None:

@@ -81,12 +81,16 @@ PEERS = {
         "rechub", "rechub_models", "hllm_pca", "torch-rechub 0.9 HLLM, PCA to dim", "text", "every transition once"
     ),
 }
+HSTU = (",user=hstu", ",user=hstu,user.target_time=true")
 OURS = {
-    "movielens_100k": ("ml100k_sasrec_ce", "ml100k_hllm_minilm_ce"),
-    "movielens_1m": ("ml1m_sasrec", "ml1m_light"),
-    "amazon_beauty": ("beauty_sasrec", "beauty_light"),
+    data: (ids, *(ids + flags for flags in HSTU), text)
+    for data, ids, text in (
+        ("movielens_100k", "ml100k_sasrec_ce", "ml100k_hllm_minilm_ce"),
+        ("movielens_1m", "ml1m_sasrec", "ml1m_light"),
+        ("amazon_beauty", "beauty_sasrec", "beauty_light"),
+    )
 }
-"Rows of ours with the same loss, on ids and on the same text vectors."
+"Rows of ours with the same loss, on ids and on the same text vectors: an experiment, with what is changed of it."
 
 
 def export(config: Config, datamodule: SequenceDataModule, folder: Path, settings: dict[str, Any]) -> None:
@@ -168,7 +172,14 @@ def run_peer(
     name: str, args: argparse.Namespace, split: Path, seed: int, datamodule: SequenceDataModule
 ) -> dict[str, Any]:
     peer, out = PEERS[name], args.folder / name / str(seed)
-    row = {"name": name, "label": peer.label, "items": peer.items, "epoch": peer.epoch, "target_time": peer.target_time}
+    row = {
+        "name": name,
+        "model": peer.model,
+        "label": peer.label,
+        "items": peer.items,
+        "epoch": peer.epoch,
+        "target_time": peer.target_time,
+    }
     try:
         python = install(peer.library, args.environments)
     except subprocess.CalledProcessError as error:
@@ -189,12 +200,17 @@ def run_peer(
     }
 
 
-def run_ours(name: str, args: argparse.Namespace, seed: int, overrides: list[str]) -> dict[str, Any]:
+def run_ours(row_of_ours: str, args: argparse.Namespace, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """A row of ``OURS``: EXPERIMENT, or EXPERIMENT,KEY=VALUE,..."""
+    experiment, *changes = row_of_ours.split(",")
+    name = re.sub(r"\W+", "_", row_of_ours)  # a folder
     out = args.folder / name / str(seed)
-    config = compose([f"experiment={name}", *overrides])
+    overrides = [f"experiment={experiment}", *changes, *overrides]
+    config = compose(overrides)
     row = {
         "name": name,
-        "label": f"ours, `{name}`",
+        "model": config.user.name,
+        "label": f"ours, `{' '.join([experiment, *changes])}`",
         "items": "ids" if config.items.name == "id" else "text",
         "epoch": "every transition once",
         "target_time": config.user.target_time,
@@ -204,7 +220,6 @@ def run_ours(name: str, args: argparse.Namespace, seed: int, overrides: list[str
         sys.executable,
         "-m",
         "hllm.train",
-        f"experiment={name}",
         f"seed={seed}",
         f"hydra.run.dir={out}",
         *overrides,
@@ -219,9 +234,13 @@ def run_ours(name: str, args: argparse.Namespace, seed: int, overrides: list[str
 
 
 def compare(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Each peer minus the first of ours that sees as much of an item: NDCG@10 user by user, mean over seeds."""
+    """Each peer minus ours: NDCG@10 user by user, mean over seeds.
+
+    Against the row that sees as much of an item and is as much told of the target's time: that of the same user model,
+    else the first.
+    """
     ndcg: dict[str, list[npt.NDArray[np.float64]]] = {}
-    items = {row["name"]: row["items"] for row in rows}
+    about = {row["name"]: row for row in rows}
     for row in rows:
         if "failed" not in row:
             ranks = pl.read_parquet(folder / row["name"] / str(row["seed"]) / "ranks.parquet").sort("user")["rank"]
@@ -229,8 +248,16 @@ def compare(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
             ndcg.setdefault(row["name"], []).append(values)
     found = []
     for name in ndcg:
-        against = next((ours for ours in ndcg if ours not in PEERS and items[ours] == items[name]), None)
-        if name in PEERS and against is not None:
+        if name not in PEERS:
+            continue
+        peer = about[name]
+        alike = [
+            ours
+            for ours in ndcg
+            if ours not in PEERS and all(about[ours][key] == peer[key] for key in ("items", "target_time"))
+        ]
+        if alike:
+            against = next((ours for ours in alike if peer["model"].startswith(about[ours]["model"])), alike[0])
             gap = paired(np.mean(ndcg[name], axis=0), np.mean(ndcg[against], axis=0))
             found.append({"name": name, "against": against, **asdict(gap)})
     return found
@@ -288,15 +315,19 @@ def section(record: dict[str, Any]) -> str:
         lines = [
             [
                 rows[gap["name"]][0]["label"],
-                f"`{gap['against']}`",
+                rows[gap["against"]][0]["label"].removeprefix("ours, "),
+                "known" if rows[gap["name"]][0]["target_time"] else "hidden",
                 f"{gap['difference']:+.4f}",
                 f"{gap['low']:+.4f} to {gap['high']:+.4f}",
                 f"{p:.4f}",
             ]
             for gap, p in zip(gaps, holm([gap["p"] for gap in gaps]), strict=True)
         ]
-        header = ["", "minus ours", "ndcg@10", "95 % over users", "p (Holm)"]
-        parts += ["User by user, mean over seeds, against ours on the same input:", text_table(header, lines)]
+        header = ["", "minus ours", "target time", "ndcg@10", "95 % over users", "p (Holm)"]
+        parts += [
+            "User by user, mean over seeds, against ours on the same input, target time included:",
+            text_table(header, lines),
+        ]
     return "\n\n".join([*parts, *(["\n".join(failures)] if failures else [])])
 
 
@@ -304,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="movielens_100k")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--ours", nargs="*", help="experiments; default: those known for the data set")
+    parser.add_argument("--ours", nargs="*", help="EXPERIMENT or EXPERIMENT,KEY=VALUE,...; default: by data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--llm", default="minilm")
     parser.add_argument("--epochs", type=int, default=200, help="at most")
