@@ -44,6 +44,7 @@ class Table:
         rows: experiment -> what it is.
         baseline: the row that all others are compared with, user by user.
         pairs: further comparisons, the first row minus the second.
+        note: what a reader must know of the data.
         published: the list of published.yaml that stands beside it.
         overrides, floors: flags of its runs, and of hllm.floors beside them.
     """
@@ -52,6 +53,7 @@ class Table:
     baseline: str
     rows: dict[str, str]
     pairs: list[list[str]] = field(default_factory=list)
+    note: str = ""
     published: str | None = None
     overrides: str = ""
     floors: str = ""
@@ -112,6 +114,8 @@ def section(table: Table, record: records.Record, published: dict[str, Any]) -> 
     rows = rows_of(table, record)
     measured = [row for row in rows if row.runs]
     parts = [f"## {table.title}", about(record, measured), main_table(rows, record)]
+    if table.note:
+        parts.insert(2, table.note)
     if table.published:
         parts += ["### Published", ABOUT_PUBLISHED, published_table(published, table.published)]
         parts.append(published_protocols(published, table.published))
