@@ -48,12 +48,24 @@ SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_
 def pytest_configure() -> None:
     """One thread a worker, and in the processes it starts: tiny models gain nothing from more, and workers collide.
 
-    And one port a worker for processes that meet: below those that the system hands out, where a port that Lightning
-    finds free may be taken before it is used.
+    And a port for processes that meet: below those that the system hands out, where a port that Lightning finds free
+    may be taken before it is used.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup() -> None:
+    """Another port each test: on a busy machine the processes of the test before may still listen on theirs.
+
+    Each worker steps through ports that leave its own remainder.
+    """
+    workers, own = (
+        int(os.environ.get(f"PYTEST_XDIST_{name}", "1").removeprefix("gw")) for name in ("WORKER_COUNT", "WORKER")
+    )
+    port = int(os.environ["MASTER_PORT"]) + workers
+    os.environ["MASTER_PORT"] = str(20_000 + (port - port % workers + own % workers) % 10_000)
 
 
 @pytest.fixture

@@ -265,13 +265,15 @@ def build(model: dict[str, Any], shape: Shape, random: np.random.Generator) -> R
     """The joint model of the official settings, through the project's own classes, with random weights."""
     bodies = [llama(model, max(shape.text.most + 1, shape.positions)) for _ in range(2)]
     llm = LLMConfig(name="random", model="random", pooling=Pooling.item, max_tokens=shape.text.most)
-    users = UserLLM(bodies[1], LLMUserConfig(name="llm", tuning=TuningConfig()), shape.positions)
+    user = LLMUserConfig(name="llm", tuning=TuningConfig())
+    users = UserLLM(bodies[1], user, shape.positions)
     tokens = make_tokens(shape, model["vocab_size"], random)
     head = HeadConfig(similarity=Similarity.cosine, temperature=0.07, learned=True)
     loss = NCELossConfig(name="nce_official", in_batch=False, num_negatives=shape.negatives, distinct=False)
     return Quiet(
         items=LLMItems(bodies[0], tokens, llm, LLMItemsConfig(name="llm"), users.dim),
         users=users,
+        user=user,
         head=SimilarityHead(head),
         loss=NCELoss(loss),
         optimizer=OptimizerConfig(),
