@@ -132,7 +132,7 @@ def test_rows_of_ours_are_known_experiments_of_every_kind(data: str) -> None:
 
 
 def test_a_peer_that_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("Traceback\nImportError: no name (/root/somewhere/x.py)\n")
+    (tmp_path / "log").write_text("Traceback\nImportError: no name (/somewhere/x.py)\n")
     failed = peers.failure(1, tmp_path / "log")
     done = {"metrics": dict.fromkeys(peers.METRICS, 0.5), "epochs": 2, "seconds": {"fit": 3.0, "total": 4.0}}
     identity = {"dataset": "toy", "protocol": "p", "interactions": "abc", "users": 3, "items": 5}
