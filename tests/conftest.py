@@ -61,6 +61,8 @@ def pytest_runtest_setup() -> None:
 
     Each worker steps through ports that leave its own remainder.
     """
+    for name in ("LOCAL_RANK", "NODE_RANK", "GLOBAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)  # left by a test with processes, they say that the next one's are started by others
     workers, own = (
         int(os.environ.get(f"PYTEST_XDIST_{name}", "1").removeprefix("gw")) for name in ("WORKER_COUNT", "WORKER")
     )
