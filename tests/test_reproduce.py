@@ -15,7 +15,7 @@ from hllm.config import CONF_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "reproduce"))
 import joint_table
-import results_table
+import pages
 import sweep_plot
 import table
 
@@ -36,7 +36,7 @@ def save_run(folder: Path, experiment: str, seed: int, value: float, data: str =
     """What a finished run leaves, with one value for all metrics."""
     run = folder / experiment / str(seed)
     run.mkdir(parents=True)
-    metrics = {"all": dict.fromkeys([*joint_table.METRICS, *results_table.METRICS], value)}
+    metrics = {"all": dict.fromkeys(joint_table.METRICS, value)}
     record = {
         "results": {"test": metrics, "popularity": metrics},
         "identity": {"dataset": "toy", "protocol": "leave_one_out", "interactions": data},
@@ -61,8 +61,8 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def rows_of(folder: Path) -> dict[str, results_table.Row]:
-    found, _, _ = results_table.read_rows(sorted(folder.iterdir()), same_seeds=False)
+def rows_of(folder: Path) -> dict[str, joint_table.Row]:
+    found, _, _ = joint_table.read_rows(sorted(folder.iterdir()))
     return {row.name: row for row in found}
 
 
@@ -77,7 +77,7 @@ def test_rows_are_the_experiments_on_these_data_sets() -> None:
     rows = {row for section in joint_table.SECTIONS.values() for row in section.experiments}
     rows |= {row for one in table.read_tables().values() for row in one.rows}
     files = {path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml")}
-    assert {name for name in files if name.startswith(("ml1m_", "beauty_", "ml100k_joint_"))} == rows
+    assert {name for name in files if name.startswith(("ml1m_", "beauty_", "ml100k_"))} == rows
 
 
 def test_values_keep_their_seeds(runs: Path) -> None:
@@ -132,12 +132,12 @@ def test_a_run_found_twice_is_refused(runs: Path) -> None:
 def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.md"
     path.write_text("top\n<!-- joint a: scripts/reproduce -->old<!-- end of joint a -->\nbottom")
-    results_table.write_between(path, "joint a", "new")
-    results_table.write_between(path, "joint a", "newer")
+    pages.write_between(path, "joint a", "new")
+    pages.write_between(path, "joint a", "newer")
     written = "top <!-- joint a: scripts/reproduce --> newer <!-- end of joint a --> bottom"
     assert " ".join(path.read_text().split()) == written
     with pytest.raises(SystemExit, match="needs the markers"):
-        results_table.write_between(path, "joint b", "new")
+        pages.write_between(path, "joint b", "new")
 
 
 def test_the_results_page_has_the_markers_of_all_sections() -> None:
@@ -145,7 +145,7 @@ def test_the_results_page_has_the_markers_of_all_sections() -> None:
     found = re.findall(r"<!-- ([\w ]+): scripts/reproduce -->\n.*?<!-- end of \1 -->", text, re.S)
     tables = [f"table {name}" for name in table.read_tables()]
     sweeps = [f"sweep {name}" for name in sweep_plot.SWEEPS]
-    assert found == ["results", *tables, *sweeps, "peers", *(f"joint {name}" for name in joint_table.SECTIONS)]
+    assert found == [*tables, *sweeps, "peers", *(f"joint {name}" for name in joint_table.SECTIONS)]
 
 
 def run_script(tmp_path: Path, experiments: str) -> subprocess.CompletedProcess[str]:

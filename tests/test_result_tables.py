@@ -76,7 +76,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def section(record: records.Record) -> str:
-    return table.section(TOY, record, {})
+    return table.section("toy", TOY, record, {})
 
 
 def test_a_row_is_mean_and_deviation_of_its_seeds(runs: Path) -> None:
@@ -122,6 +122,15 @@ def test_the_page_is_written_from_the_record_alone(runs: Path, monkeypatch: pyte
     assert records.load("toy") == record
     assert section(records.load("toy")) == section(record)
     assert "u1" not in records.path_of("toy").read_text()
+
+
+def test_a_table_has_a_plot(runs: Path) -> None:
+    record = measured(runs)
+    rows = [row for row in table.rows_of(TOY, record) if row.runs]
+    table.plot(rows, record, runs / "plot.png")
+    assert (runs / "plot.png").stat().st_size > 5000
+    assert f"]({table.picture('toy')})" in section(record)
+    assert table.picture("toy") not in section(records.empty())
 
 
 def test_a_new_seed_joins_those_of_the_record(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -194,7 +203,7 @@ def test_cold_targets_are_compared_apart(tmp_path: Path) -> None:
 
 def test_published_numbers_stand_apart_under_their_protocol() -> None:
     published = table.read_published()
-    text = table.section(replace(TOY, published="ml1m"), records.empty(), published)
+    text = table.section("toy", replace(TOY, published="ml1m"), records.empty(), published)
     rows = cells(text.partition("### Published")[2])
     assert ["HSTU-large", "P-RecTools", "known", "0.3642", "0.2164"] in [row[:5] for row in rows]
     for entries in published["tables"].values():
@@ -212,7 +221,8 @@ def test_a_tables_section_is_what_its_record_says(name: str) -> None:
     written = page.partition(f"<!-- table {name}: scripts/reproduce -->")[2].partition(f"<!-- end of table {name} -->")[
         0
     ]
-    assert written.strip() == table.section(one, records.load(name), table.read_published())
+    assert written.strip() == table.section(name, one, records.load(name), table.read_published())
+    assert (ROOT / "docs" / table.picture(name)).is_file() is (f"({table.picture(name)})" in written)
     assert {row for pair in one.pairs for row in pair} | {one.baseline} <= one.rows.keys()
     experiments = {path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml")}
     floors = {table.FLOOR + floor for floor in table.FLOORS}

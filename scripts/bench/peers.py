@@ -405,7 +405,7 @@ def main() -> None:
     if args.no_docs:
         print(section(record))
         return
-    from results_table import write_between
+    from pages import write_between
 
     write_json(RECORD, record)
     write_between(ROOT / "docs" / "results.md", "peers", section(record))

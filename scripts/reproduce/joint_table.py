@@ -7,14 +7,17 @@ Runs lie in FOLDER/EXPERIMENT/SEED. A row without a finished run is written as n
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
-from results_table import ROOT, Row, read_rows, write_between
+import yaml
+from pages import ROOT, write_between
 
 from hllm.report import text_table
 
@@ -116,6 +119,63 @@ SECTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """All seeds of one experiment, in order; ``ndcg`` (U,) is each user's NDCG@10, mean over seeds."""
+
+    name: str
+    seeds: list[int]
+    metrics: list[dict[str, dict[str, dict[str, float]]]]
+    ndcg: npt.NDArray[np.float64]
+    seconds: float
+
+    def spread(self, metric: str, group: str = "all", split: str = "test") -> str:
+        values = self.values(metric, group, split)
+        return f"{mean(values):.4f} ± {stdev(values):.4f}" if len(set(values)) > 1 else f"{values[0]:.4f}"
+
+    def values(self, metric: str, group: str = "all", split: str = "test") -> list[float]:
+        return [results[split][group][metric] for results in self.metrics]
+
+
+def user_ndcg(run: Path) -> npt.NDArray[np.float64]:
+    """(U,) NDCG@10 of each test user, in order of user id."""
+    ranks = pl.read_parquet(run / "ranks.parquet").sort("user")["rank"].to_numpy()
+    return np.where(ranks < 10, 1 / np.log2(ranks + 2), 0)
+
+
+def read_rows(folders: list[Path]) -> tuple[list[Row], dict[str, str], dict[str, str]]:
+    """Rows by experiment, the data's identity, and the environment, with the commits of all runs.
+
+    Raises:
+        SystemExit: a seed found twice, no run at all, or rows on different data.
+    """
+    runs: dict[str, dict[int, Path]] = {}
+    for path in sorted(path for folder in folders for path in folder.glob("*/metrics.json")):
+        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        found = runs.setdefault(config["experiment_name"], {})
+        if config["seed"] in found:
+            raise SystemExit(
+                f"error: {found[config['seed']]} and {path.parent} are both {config['experiment_name']} "
+                f"seed {config['seed']}: move one of them"
+            )
+        found[config["seed"]] = path.parent
+    if not runs:
+        raise SystemExit(f"error: no finished run in {', '.join(map(str, folders))}")
+    rows, data, commits = [], set(), set()
+    for name, found in runs.items():
+        paths = [found[seed] for seed in sorted(found)]
+        records = [json.loads((path / "metrics.json").read_text()) for path in paths]
+        environments = [json.loads((path / "environment.json").read_text()) for path in paths]
+        data |= {record["identity"]["interactions"] for record in records}
+        commits |= {str(environment["git"]) for environment in environments}
+        ndcg = np.mean([user_ndcg(path) for path in paths], axis=0)
+        seconds = mean(record["seconds"]["total"] for record in records)
+        rows.append(Row(name, sorted(found), [record["results"] for record in records], ndcg, seconds))
+    if len(data) != 1:
+        raise SystemExit(f"error: the runs are on different data: {data}")
+    return rows, records[-1]["identity"], environments[-1] | {"git": ", ".join(sorted(commits))}
+
+
 def section_text(section: Section, rows: dict[str, Row], about: str) -> str:
     parts = [f"## {section.title}", about]
     for heading, lines in section.tables.items():
@@ -211,7 +271,7 @@ def main() -> None:
         return
     about, rows = "No row was measured.", {}
     if args.folder is not None:
-        found, identity, environment = read_rows([args.folder / name for name in section.experiments], same_seeds=False)
+        found, identity, environment = read_rows([args.folder / name for name in section.experiments])
         rows = {name: row for name in section.experiments for row in found if row.name == name}
         about = describe(identity, environment, rows, args.folder)
     write_between(ROOT / "docs" / "results.md", f"joint {args.section}", section_text(section, rows, about))

@@ -19,7 +19,7 @@ from typing import Any
 
 import records
 import yaml
-from results_table import ROOT, write_between
+from pages import ROOT, write_between
 from table import ABOUT_DIFFERENCES, gap_table
 
 from hllm.compare import DATA, Comparison, Run, read_run

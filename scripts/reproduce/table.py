@@ -17,7 +17,7 @@ from typing import Any
 
 import records
 import yaml
-from results_table import ROOT, write_between
+from pages import ROOT, write_between
 
 from hllm.report import measured_on, text_table
 from hllm.significance import holm, seed_interval
@@ -25,7 +25,7 @@ from hllm.significance import holm, seed_interval
 HERE = Path(__file__).resolve().parent
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr", "coverage@10")
 PUBLISHED = METRICS[:6]
-SHORT = METRICS[:3]
+SHORT = METRICS[:2]
 FLOOR = "floor_"
 FLOORS = {
     "popularity": "events in training",
@@ -94,6 +94,11 @@ class Row:
         return f"`{self.name}`"
 
     @property
+    def told(self) -> str:
+        """What a measured row knows of the target's time."""
+        return "known" if self.runs[0]["target_time"] else "hidden"
+
+    @property
     def about_run(self) -> str:
         """What the row is, with the settings that a floor chose on validation."""
         settings = ", ".join(f"{key} {value}" for key, value in self.runs[0]["settings"].items())
@@ -110,12 +115,17 @@ def rows_of(table: Table, record: records.Record) -> list[Row]:
     return [Row(name, about.get(name, ""), runs.get(name, [])) for name in dict.fromkeys([*about, *runs])]
 
 
-def section(table: Table, record: records.Record, published: dict[str, Any]) -> str:
+def picture(name: str) -> str:
+    """The table's plot, in docs."""
+    return f"table_{name}.png"
+
+
+def section(name: str, table: Table, record: records.Record, published: dict[str, Any]) -> str:
     rows = rows_of(table, record)
     measured = [row for row in rows if row.runs]
-    parts = [f"## {table.title}", about(record, measured), main_table(rows, record)]
-    if table.note:
-        parts.insert(2, table.note)
+    parts = [f"## {table.title}", about(record, measured), table.note, main_table(rows, record)]
+    if measured:
+        parts.append(f"![{table.title}: NDCG@10 by row, and by target popularity]({picture(name)})")
     if table.published:
         parts += ["### Published", ABOUT_PUBLISHED, published_table(published, table.published)]
         parts.append(published_protocols(published, table.published))
@@ -128,7 +138,7 @@ def section(table: Table, record: records.Record, published: dict[str, Any]) -> 
         if histories := group_tables(measured, record, history=True):
             parts += ["### By history length", ABOUT_HISTORY, *histories]
         parts += ["### Cost and provenance", ABOUT_COST, cost_table(measured)]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 ABOUT_PUBLISHED = (
@@ -167,8 +177,7 @@ def main_table(rows: list[Row], record: records.Record) -> str:
         lines.append(["popularity", "", "", "", *(f"{floor[m]:.4f}" if m in floor else "" for m in metrics)])
     for row in rows:
         if row.runs:
-            told = "known" if row.runs[0]["target_time"] else "hidden"
-            lines.append([row.label, row.about_run, told, str(len(row.runs)), *map(row.spread, metrics)])
+            lines.append([row.label, row.about_run, row.told, str(len(row.runs)), *map(row.spread, metrics)])
         else:
             lines.append([row.label, row.about, "", "", "not measured", *[""] * (len(metrics) - 1)])
     return text_table(["experiment", "what", "target time", "seeds", *metrics], lines)
@@ -272,21 +281,48 @@ def hardware(environment: dict[str, Any]) -> str:
     return f"{environment['machine']} CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
+def plot(rows: list[Row], record: records.Record, path: Path) -> None:
+    """NDCG@10 of each row, its seeds and its interval over users; and means by target popularity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = records.COMPARED[1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.36 * len(rows)), width_ratios=(1, 1.3))
+    colours = plt.get_cmap("tab20").colors
+    groups = [group for group in rows[0].runs[0]["test"] if group != "all" and not group.startswith("history ")]
+    for place, (row, colour) in enumerate(zip(rows, colours, strict=False)):
+        values = row.values(metric)
+        if interval := record["intervals"].get(row.name, {}).get(metric):
+            left.plot(interval, [place, place], color=colour, linewidth=3)
+        left.scatter(values, [place] * len(values), color="black", s=8, zorder=3)
+        if row.values(metric, groups[0]):
+            means = [mean(row.values(metric, group)) for group in groups]
+            dashed = "--" if row.name.startswith(FLOOR) else "-"
+            right.plot(groups, means, dashed, color=colour, marker="o", markersize=3, label=row.name)
+    left.set_yticks(range(len(rows)), [row.name + " (told when)" * (row.told == "known") for row in rows])
+    left.invert_yaxis()
+    left.grid(axis="x", alpha=0.3)
+    left.set_xlabel(f"test {metric.upper()}: each seed, and 95 % over users of their mean")
+    right.grid(alpha=0.3)
+    right.set_xlabel("occurrences of the target in training")
+    right.set_ylabel(f"test {metric.upper()}")
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def write(name: str, table: Table, record: records.Record) -> None:
-    """The section of docs/results.md, and the short table where README.md has markers for it."""
-    write_between(ROOT / "docs" / "results.md", f"table {name}", section(table, record, read_published()))
+    """The section of docs/results.md with its plot, and the short table where README.md has markers for it."""
+    if measured := [row for row in rows_of(table, record) if row.runs]:
+        plot(measured, record, ROOT / "docs" / picture(name))
+    write_between(ROOT / "docs" / "results.md", f"table {name}", section(name, table, record, read_published()))
     if f"<!-- table {name}: scripts/reproduce -->" in (ROOT / "README.md").read_text():
         rows = [row for row in rows_of(table, record) if row.runs]
-        lines = [
-            [
-                row.label,
-                "known" if row.runs[0]["target_time"] else "hidden",
-                str(len(row.runs)),
-                *map(row.spread, SHORT),
-            ]
-            for row in rows
-        ]
-        short = text_table(["experiment", "target time", "seeds", *SHORT], lines)
+        lines = [[row.label, row.about, row.told, str(len(row.runs)), *map(row.spread, SHORT)] for row in rows]
+        short = text_table(["experiment", "what", "target time", "seeds", *SHORT], lines)
         write_between(ROOT / "README.md", f"table {name}", f"{about(record, rows)}\n\n{short}")
 
 
