@@ -8,6 +8,7 @@ tables.yaml says which rows a table has, published.yaml what others measured. --
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from hllm.report import measured_on, text_table
 from hllm.significance import holm, seed_interval
 
 HERE = Path(__file__).resolve().parent
+EXPERIMENTS = ROOT / "conf" / "experiment"
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr", "coverage@10")
 PUBLISHED = METRICS[:6]
 SHORT = METRICS[:2]
@@ -314,10 +316,25 @@ def plot(rows: list[Row], record: records.Record, path: Path) -> None:
     plt.close(figure)
 
 
+def expectation(row: Row) -> str:
+    """The line of a measured row's experiment file that says what to expect."""
+    hr, ndcg = (row.spread(metric).replace("0.", ".") for metric in records.COMPARED)
+    seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}"
+    minutes = mean(run["seconds"]["total"] for run in row.runs) / 60
+    machines = "; ".join(sorted({hardware(run["environment"]) for run in row.runs}))
+    return f"# Expect test hr@10 {hr}, ndcg@10 {ndcg} ({seeds}) after {minutes:.0f} minutes: {machines}."
+
+
 def write(name: str, table: Table, record: records.Record) -> None:
-    """The section of docs/results.md with its plot, and the short table where README.md has markers for it."""
+    """The section of docs/results.md with its plot, what to expect of the rows' experiments, and the short table where
+    README.md has markers for it.
+    """
     if measured := [row for row in rows_of(table, record) if row.runs]:
         plot(measured, record, ROOT / "docs" / picture(name))
+    for row in measured:
+        if row.name in table.rows and not table.overrides:
+            path = EXPERIMENTS / f"{row.name}.yaml"
+            path.write_text(re.sub("^# Expect.*$", expectation(row), path.read_text(), count=1, flags=re.M))
     write_between(ROOT / "docs" / "results.md", f"table {name}", section(name, table, record, read_published()))
     if f"<!-- table {name}: scripts/reproduce -->" in (ROOT / "README.md").read_text():
         rows = [row for row in rows_of(table, record) if row.runs]
