@@ -322,7 +322,7 @@ def expectation(row: Row) -> str:
     seeds = f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}"
     minutes = mean(run["seconds"]["total"] for run in row.runs) / 60
     machines = "; ".join(sorted({hardware(run["environment"]) for run in row.runs}))
-    return f"# Expect test hr@10 {hr}, ndcg@10 {ndcg} ({seeds}) after {minutes:.0f} minutes: {machines}."
+    return f"# Expect test hr@10 {hr}, ndcg@10 {ndcg} ({seeds}) after {minutes:.0f} min: {machines}."
 
 
 def write(name: str, table: Table, record: records.Record) -> None:
