@@ -255,7 +255,7 @@ def test_a_sweep_is_a_line_a_system_over_the_values(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-def test_each_value_of_a_sweep_is_compared_with_the_one_below(tmp_path: Path) -> None:
+def test_each_value_of_a_sweep_is_compared_with_the_one_below_and_the_last_with_the_first(tmp_path: Path) -> None:
     """Shares of training users, which the protocol names: what is ranked is the same."""
     for share, system in ((0.5, "ids"), (1.0, "text"), (0.1, "other")):
         for seed in (0, 1):
@@ -270,6 +270,7 @@ def test_each_value_of_a_sweep_is_compared_with_the_one_below(tmp_path: Path) ->
     assert [(gap["experiment"], gap["against"]) for gap in gaps[::2]] == [
         (f"{key}=0.5", f"{key}=0.1"),
         (f"{key}=1", f"{key}=0.5"),
+        (f"{key}=1", f"{key}=0.1"),
     ]
     sides = [
         np.mean([read_run(tmp_path / folder / str(seed)).metric("hr@10") for seed in (0, 1)], axis=0)

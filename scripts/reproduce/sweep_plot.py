@@ -1,6 +1,6 @@
 """The runs of a sweep of conf/sweep -> a plot and a table: a metric against the value swept, a line a system.
 
-Each value is compared with the next smaller one of the same system, user by user.
+Each value is compared with the next smaller one of the same system, and the largest with the smallest, user by user.
 
     python -m hllm.train -m sweep=data_scaling experiment=ml1m_sasrec,ml1m_light seed=0,1,2
     python scripts/reproduce/sweep_plot.py data_scaling runs/sweeps/...      # any number of sweep folders
@@ -45,7 +45,7 @@ def swept_key(name: str) -> str:
 
 
 def read_points(folders: list[Path], key: str) -> tuple[list[Point], list[Point]]:
-    """A point a run: system, value, seed and metrics; and each value's differences from the one below, as of a table.
+    """A point a run: system, value, seed and metrics; and the differences of values, as of a table's rows.
 
     Raises:
         SystemExit: two runs are of one system, value and seed, or rank other candidates than the rest.
@@ -78,7 +78,8 @@ def read_points(folders: list[Path], key: str) -> tuple[list[Point], list[Point]
         raise SystemExit(f"error: the runs are on different data: {', '.join(sorted(data))}")
     gaps = []
     for system, values in sorted(runs.items()):
-        for below, value in pairwise(sorted(values)):
+        swept = sorted(values)
+        for below, value in [*pairwise(swept), *([(swept[0], swept[-1])] if len(swept) > 2 else [])]:
             sides = (sorted(values[one], key=lambda run: run.seed) for one in (value, below))
             names = (f"{system} {key}={one:g}" for one in (value, below))
             gaps += records.differences_of(*names, Comparison(*sides))
@@ -109,7 +110,8 @@ def section(name: str, key: str, points: list[Point], gaps: list[Point]) -> str:
     picture = f"![{SWEEPS.get(name, name)}](sweep_{name}.png)"
     parts = [title, about, picture, text_table(["experiment", key, "seeds", *METRICS], rows)]
     if gaps:
-        parts += ["### Each value against the one below", ABOUT_DIFFERENCES, gap_table(gaps)]
+        compared = "### Each value against the one below, the largest against the smallest"
+        parts += [compared, ABOUT_DIFFERENCES, gap_table(gaps)]
     return "\n\n".join(parts)
 
 
