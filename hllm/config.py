@@ -682,8 +682,11 @@ class CachedItemsConfig(ItemsConfig):
     hidden_dim: int = 256
     "Width of the mlp adaptor's hidden layer."
     dropout: float = 0.0
+    neighbours: int = 0
+    "Principal components of the texts in which items are also scored as neighbours of the history's; 0: not."
 
     def __post_init__(self) -> None:
+        _at_least("items.neighbours", self.neighbours, 0)
         _require(self.whiten_epsilon > 0, "items.whiten_epsilon", self.whiten_epsilon, "must be above 0")
         _at_least("items.hidden_dim", self.hidden_dim, 1)
         _fraction("items.dropout", self.dropout)

@@ -28,8 +28,11 @@ class SimilarityHead(nn.Module):
     of AdamW at a rate of 1e-4 is rounded away.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: HeadConfig, neighbours: int = 0) -> None:
         super().__init__()
+        self.neighbours = neighbours
+        if neighbours:
+            self.log_weight = nn.Parameter(torch.tensor(math.log(0.3)))
         self.cosine = config.similarity is Similarity.cosine
         self.score_dtype: torch.dtype = getattr(torch, config.score_dtype.value)
         log_scale = torch.tensor(-math.log(config.temperature))
@@ -53,7 +56,17 @@ class SimilarityHead(nn.Module):
         return log_scale.exp()
 
     def prepare(self, vectors: Tensor) -> Tensor:
-        """(..., D) -> (..., D) as the inner product needs them: of unit length for cosine; zero vectors stay zero."""
+        """(..., D) -> (..., D) as the inner product needs them: of unit length for cosine; zero vectors stay zero.
+
+        With neighbours the last K of D + K are anchors: theirs is a cosine of its own, times a learned weight.
+        """
+        if self.neighbours:
+            main, anchors = vectors.split([vectors.shape[-1] - self.neighbours, self.neighbours], dim=-1)
+            weight = (self.log_weight / 2).exp().to(vectors.dtype)
+            return torch.cat([self._sized(main), weight * F.normalize(anchors, dim=-1, eps=1e-6)], dim=-1)
+        return self._sized(vectors)
+
+    def _sized(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.cosine else vectors
 
     def forward(self, users: Tensor, items: Tensor) -> Tensor:

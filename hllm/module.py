@@ -32,6 +32,7 @@ from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import Coverage, RankingMetrics, target_ranks
 from hllm.tuning import is_trained
+from hllm.users.neighbours import NeighbourHistory
 from hllm.users.time import EventTimes
 
 LLM_WEIGHTS = ("items.model.", "users.model.")
@@ -77,6 +78,7 @@ class Recommender(L.LightningModule):
         self.items, self.users, self.head, self.loss = items, users, head, loss
         self.target_time, self.length_groups = user.target_time, user.length_groups
         self.times = times
+        self.neighbours = NeighbourHistory() if head.neighbours else None
         self.optimizer_config, self.data_identity = optimizer, data_identity
         self.register_buffer("train_counts", train_counts, persistent=False)
         self.register_buffer("pool", pool, persistent=False)
@@ -113,8 +115,18 @@ class Recommender(L.LightningModule):
             shard(tower, self.device_mesh["data_parallel"], mixed)
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
-        """User vectors at every event: (B, L, D), from the (n, D) vectors of the (n,) ascending ids of the batch."""
+        """User vectors at every event: (B, L, D), from the (n, D) vectors of the (n,) ascending ids of the batch.
+
+        Both are D + K wide where the head has K neighbours.
+        """
         x = _lookup(batch.items, ids, vectors)
+        if self.neighbours is not None:
+            x, anchors = x.split([x.shape[-1] - self.head.neighbours, self.head.neighbours], dim=-1)
+            return torch.cat([self._encode(batch, x).float(), self.neighbours(anchors)], dim=-1)
+        return self._encode(batch, x)
+
+    def _encode(self, batch: Batch, x: Tensor) -> Tensor:
+        """What the user tower makes of (B, L, D) item vectors: (B, L, D)."""
         target_times = batch.target_times if self.target_time else None
         if self.times is not None:
             x = x + self.times(batch.timestamps, target_times)
@@ -205,6 +217,7 @@ class Recommender(L.LightningModule):
     def _end_evaluation(self) -> None:
         """Wait for processes with more batches: where weights are sharded, a user tower only runs in all at once."""
         x = self.catalogue()[0][None, :1]  # (1, 1, D)
+        x = x[..., : x.shape[-1] - self.head.neighbours]
         with self.trainer.precision_plugin.forward_context():
             for _ in range(self._idle_batches):
                 times = x.new_zeros(1, 1, dtype=torch.int64)

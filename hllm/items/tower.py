@@ -83,6 +83,9 @@ class CachedItems(ItemTower):
     vectors: Tensor
     mean: Tensor
     whitening: Tensor
+    anchors: Tensor
+    centre: Tensor
+    components: Tensor
 
     def __init__(self, config: CachedItemsConfig, dim: int) -> None:
         super().__init__()
@@ -128,6 +131,13 @@ class CachedItems(ItemTower):
         self.register_buffer("mean", mean)
         self.register_buffer("whitening", whitening)
         self.register_buffer("vectors", vectors, persistent=False)
+        if self.config.neighbours:
+            if self.config.neighbours > width:
+                raise ConfigError(f"items.neighbours={self.config.neighbours}: the vectors are {width} wide")
+            centre, components = fit_components(vectors, self.config.neighbours, self.config.whiten_epsilon)
+            self.register_buffer("centre", centre)
+            self.register_buffer("components", components)
+            self.register_buffer("anchors", torch.empty(0), persistent=False)
 
     def _transform(self) -> None:
         """Map the raw vectors by the fitted mean and matrix; also after a checkpoint brought those."""
@@ -135,11 +145,14 @@ class CachedItems(ItemTower):
         raw = self.table.vectors.to(self.mean)
         # as they are to the last bit: a product with ones and zeros may round on some devices
         self.vectors = raw if self.config.transform is Transform.raw else (raw - self.mean) @ self.whitening
+        if self.config.neighbours:
+            self.anchors = F.normalize((raw - self.centre) @ self.components, dim=1)
         self.statistics = {"mean_cosine_raw": mean_cosine(raw), "mean_cosine": mean_cosine(self.vectors)}
 
     def forward(self, ids: Tensor) -> Tensor:
+        """(n,) unique item ids -> (n, D), or (n, D + K) with the items' anchors behind, where there are neighbours."""
         vectors: Tensor = self.adaptor(self.vectors[ids - 1])
-        return vectors
+        return torch.cat([vectors, self.anchors[ids - 1]], dim=1) if self.config.neighbours else vectors
 
 
 class FusedItems(CachedItems):
@@ -170,7 +183,7 @@ class FusedItems(CachedItems):
         kept = self.known[rows]
         if self.training and self.id_dropout > 0:
             kept = kept & (torch.rand(len(ids), device=ids.device) >= self.id_dropout)
-        fused: Tensor = text + self.id_table(rows.where(kept, 0))
+        fused: Tensor = text + F.pad(self.id_table(rows.where(kept, 0)), (0, self.config.neighbours))
         if not both_sides:
             return fused
         return torch.stack([fused, text if self.target is TargetSide.text else fused])
@@ -213,6 +226,21 @@ def fit_transform(vectors: Tensor, kind: Transform, epsilon: float) -> tuple[Ten
     else:
         matrix = torch.eye(width, dtype=x.dtype) / x.square().mean().sqrt().clamp(min=1e-12)
     return mean.float(), matrix.float()
+
+
+def fit_components(vectors: Tensor, count: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(E,) mean of (I, E) float32 vectors and (E, K) their leading principal directions, each over its deviation.
+
+    Args:
+        count: K.
+        epsilon: as of ``fit_transform``.
+    """
+    x = vectors.double()
+    mean = x.mean(0)
+    x = x - mean
+    variances, directions = torch.linalg.eigh(x.T @ x / len(x))
+    scales = (variances.clamp(min=0) + epsilon * variances.mean()).rsqrt()
+    return mean.float(), (directions * scales)[:, -count:].float()
 
 
 def mean_cosine(vectors: Tensor) -> float:

@@ -143,9 +143,10 @@ def test_the_checkpoint_holds_what_was_fitted_but_no_item(vectors: Tensor) -> No
     assert all(ITEMS not in value.shape for value in state.values())
 
 
-def test_a_loaded_tower_gives_the_same_vectors(vectors: Tensor) -> None:
-    trained = tower(vectors)
-    other = CachedItems(CachedItemsConfig(name="cached"), dim=4)
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_a_loaded_tower_gives_the_same_vectors(vectors: Tensor, neighbours: int) -> None:
+    trained = tower(vectors, neighbours=neighbours)
+    other = CachedItems(CachedItemsConfig(name="cached", neighbours=neighbours), dim=4)
     other.attach(table(vectors * 2 + 1))  # fits another transform, which the checkpoint's replaces
     other.attach(table(vectors))
     assert not torch.allclose(other.eval().all(), trained.all())
@@ -153,12 +154,13 @@ def test_a_loaded_tower_gives_the_same_vectors(vectors: Tensor) -> None:
     assert torch.equal(other.all(), trained.all())
 
 
-def test_new_items_leave_the_old_items_vectors_as_they_were(vectors: Tensor) -> None:
-    items = tower(vectors)
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_new_items_leave_the_old_items_vectors_as_they_were(vectors: Tensor, neighbours: int) -> None:
+    items = tower(vectors, neighbours=neighbours)
     before = items.all()
     items.attach(table(torch.cat([vectors, torch.randn(3, WIDTH) * 50]), "g"))
     assert items.num_items == ITEMS + 3
-    assert items.all().shape == (ITEMS + 3, 4)
+    assert items.all().shape == (ITEMS + 3, 4 + neighbours)
     torch.testing.assert_close(items.all()[:ITEMS], before)
 
 
@@ -198,6 +200,18 @@ def test_fused_vectors_are_text_and_id_summed(vectors: Tensor, target: TargetSid
     torch.testing.assert_close(scored, text if target is TargetSide.text else read)
     for side, whole in zip((read, scored), items.catalogue(), strict=True):
         torch.testing.assert_close(side, whole[ids - 1])
+
+
+def test_anchors_of_unit_length_stand_behind_the_vectors(vectors: Tensor) -> None:
+    alone, items, ids = fused(vectors), fused(vectors, neighbours=3), torch.tensor([7, 1, ITEMS])
+    torch.testing.assert_close(items(ids)[:, :4], alone(ids))
+    torch.testing.assert_close(items(ids)[:, 4:].norm(dim=1), torch.ones(3))
+    assert items.anchors.requires_grad is False
+
+
+def test_more_neighbours_than_the_vectors_are_wide_are_refused(vectors: Tensor) -> None:
+    with pytest.raises(ConfigError, match=f"items.neighbours={WIDTH + 1}: the vectors are {WIDTH} wide"):
+        tower(vectors, neighbours=WIDTH + 1)
 
 
 def test_a_cold_item_is_its_text_and_its_id_vector_is_not_trained(vectors: Tensor) -> None:
