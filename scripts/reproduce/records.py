@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from hllm.compare import DATA, Comparison, comparable, read_run
 from hllm.compare import Run as RankedRun
@@ -78,9 +79,21 @@ def summary(folder: Path) -> dict[str, Any]:
         "seconds": {name: round(value, 1) for name, value in record["seconds"].items()},
         "environment": {name: environment.get(name) for name in MACHINE},
         "settings": record.get("settings", {}),
+        "speed": _speed(folder / "metrics.csv"),
         "val": _rounded(record["results"]["val"])["all"] if "val" in record["results"] else {},
         "test": _rounded(record["results"]["test"]),
     }
+
+
+def _speed(curves: Path) -> dict[str, float]:
+    """Of a run that trained an Item LLM: items encoded a second, and memory at most; nothing of others."""
+    if not curves.is_file():
+        return {}
+    found = pl.read_csv(curves, infer_schema_length=None)
+    if "train/items_per_second" not in found.columns:
+        return {}
+    rate, memory = (found[f"train/{name}"].drop_nulls() for name in ("items_per_second", "peak_memory_gb"))
+    return {"items_per_second": round(rate.median(), 1), "peak_memory_gb": round(memory.max(), 2)}
 
 
 def _rounded(groups: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -65,6 +65,15 @@ def read_tables() -> dict[str, Table]:
     return {name: Table(**content) for name, content in yaml.safe_load((HERE / "tables.yaml").read_text()).items()}
 
 
+def told_by() -> dict[str, str]:
+    """Experiment -> the table that its file tells the numbers of: the first that runs it as it is."""
+    found: dict[str, str] = {}
+    for name, table in read_tables().items():
+        if not table.overrides:
+            found = dict.fromkeys(table.rows, name) | found
+    return found
+
+
 def read_published() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load((HERE / "published.yaml").read_text())
     return content
@@ -256,7 +265,11 @@ def group_tables(rows: list[Row], record: records.Record, history: bool) -> list
 
 def cost_table(rows: list[Row]) -> str:
     lines = []
+    joint = any(run.get("speed") for row in rows for run in row.runs)
     for row in rows:
+        speeds = [run["speed"] for run in row.runs if run.get("speed")]
+        speed = [f"{mean(one['items_per_second'] for one in speeds):.0f}"] if speeds else [""]
+        speed += [f"{max(one['peak_memory_gb'] for one in speeds):.1f}"] if speeds else [""]
         epochs = [run["epochs"] for run in row.runs if run["epochs"]]  # floors have none
         fits = [run["seconds"]["fit"] / run["epochs"] for run in row.runs if run["epochs"]]
         totals = [run["seconds"]["total"] for run in row.runs]
@@ -267,13 +280,15 @@ def cost_table(rows: list[Row]) -> str:
                 f"{mean(fits):.1f}" if fits else "",
                 f"{mean(epochs):.1f}" if epochs else "",
                 f"{mean(totals):.0f}",
+                *(speed if joint else []),
                 ", ".join(sorted({hardware(run["environment"]) for run in row.runs})),
                 ", ".join(sorted({str(run["environment"]["git"]) for run in row.runs})),
                 days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
             ]
         )
-    header = ["experiment", "seconds an epoch", "epochs", "seconds in all", "hardware", "commit", "date"]
-    return text_table(header, lines)
+    header = ["experiment", "seconds an epoch", "epochs", "seconds in all"]
+    header += ["items encoded a second", "peak GB"] if joint else []
+    return text_table([*header, "hardware", "commit", "date"], lines)
 
 
 def hardware(environment: dict[str, Any]) -> str:
@@ -332,7 +347,7 @@ def write(name: str, table: Table, record: records.Record) -> None:
     if measured := [row for row in rows_of(table, record) if row.runs]:
         plot(measured, record, ROOT / "docs" / picture(name))
     for row in measured:
-        if row.name in table.rows and not table.overrides:
+        if told_by().get(row.name) == name:
             path = EXPERIMENTS / f"{row.name}.yaml"
             path.write_text(re.sub("^# Expect.*$", expectation(row), path.read_text(), count=1, flags=re.M))
     write_between(ROOT / "docs" / "results.md", f"table {name}", section(name, table, record, read_published()))
