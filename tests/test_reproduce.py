@@ -40,7 +40,7 @@ def test_the_results_page_has_the_markers_of_all_sections() -> None:
     found = re.findall(r"<!-- ([\w ]+): scripts/reproduce -->\n.*?<!-- end of \1 -->", text, re.S)
     tables = [f"table {name}" for name in table.read_tables()]
     sweeps = [f"sweep {name}" for name in sweep_plot.SWEEPS]
-    assert sorted(found) == sorted([*tables, *sweeps, "peers"])
+    assert sorted(found) == sorted(["orderings", *tables, *sweeps, "peers"])
 
 
 def run_script(tmp_path: Path, experiments: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import orderings
 import records
 import yaml
 from pages import ROOT, write_between
@@ -161,6 +162,7 @@ def main() -> None:
     if points:
         plot(args.sweep, key, points, ROOT / "docs" / f"sweep_{args.sweep}.png")
     write_between(ROOT / "docs" / "results.md", f"sweep {args.sweep}", section(args.sweep, key, points, gaps))
+    orderings.write()
 
 
 if __name__ == "__main__":

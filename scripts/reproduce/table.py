@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import orderings
 import records
 import yaml
 from pages import ROOT, write_between
@@ -371,6 +372,7 @@ def main() -> None:
     if args.table is None:
         for name, table in tables.items():
             write(name, table, records.load(name))
+        orderings.write()
         return
     table = tables[args.table]
     if args.experiments:
@@ -387,6 +389,7 @@ def main() -> None:
         elif args.fresh:
             sys.exit("error: --fresh needs the folders of runs")
         write(args.table, table, record)
+        orderings.write()
 
 
 if __name__ == "__main__":
