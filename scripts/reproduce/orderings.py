@@ -1,6 +1,8 @@
 """Which orderings of the literature hold here: orderings.yaml and the records -> a section of docs/results.md.
 
-python scripts/reproduce/orderings.py        # table.py and sweep_plot.py write it too
+    python scripts/reproduce/orderings.py
+
+table.py and sweep_plot.py write it too.
 """
 
 from pathlib import Path
