@@ -71,6 +71,7 @@ def test_every_experiment_runs_two_steps(name: str, run_config: Callable[..., Co
     metric = ["callbacks.monitor=val/ndcg@10", "optimized_metric=val/ndcg@10"]
     layers = [] if own.llm.num_layers is None else ["llm.num_layers=1"]  # the tiny model has two
     heads = ["user.num_heads=4"] if getattr(own.user, "num_heads", 1) > 16 else []  # the tiny one is 16 wide
-    given = [f"experiment={name}", *towers, *data, *short, *metric, *layers, *heads]
+    narrow = ["items.neighbours=8"] if getattr(own.items, "neighbours", 0) > 8 else []  # its vectors are 32 wide
+    given = [f"experiment={name}", *towers, *data, *short, *metric, *layers, *heads, *narrow]
     config = run_config(*(flag for flag in given if own.loss.name != "ce" or not flag.startswith("loss.")))
     assert train(config, tmp_path).results["test"]["all"]["users"] == 40
