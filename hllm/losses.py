@@ -108,10 +108,13 @@ def softmax_loss(
     return total / max(len(users), 1)
 
 
-def default_chunk_size(num_items: int, device: torch.device) -> int:
-    """Positions whose scores stay in a core's cache (2 MiB), or fill 1 GiB of a GPU; at least 64."""
+def default_chunk_size(num_items: int, device: torch.device, products: torch.dtype = torch.float32) -> int:
+    """Positions whose scores stay in a core's cache (2 MiB), or fill 1 GiB of a GPU; at least 64.
+
+    Four times as many where products are in 16 bits: they are quickest in larger pieces.
+    """
     budget = 2**21 if device.type == "cpu" else 2**30
-    return max(budget // (4 * num_items), 64)
+    return max(budget // (4 * num_items), 64) * (1 if products is torch.float32 else 4)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -135,7 +138,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         if products is not torch.float32:
             return _rounded_cross_entropy(ctx, users, items, labels, chunk_size, products, seen)
-        users_grad, items_grad = torch.empty_like(users), torch.zeros_like(items)
+        users_grad = torch.empty_like(users)
+        items_grad = torch.zeros_like(items) if ctx.needs_input_grad[1] else None  # a third of the work
         total = users.new_zeros(())
         for begin in range(0, len(users), chunk_size):
             chunk = users[begin : begin + chunk_size]  # (C, D)
@@ -151,15 +155,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scores_grad.div_(norm)
             scores_grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=scores.dtype))
             torch.mm(scores_grad, items, out=users_grad[begin : begin + chunk_size])
-            items_grad.addmm_(scores_grad.T, chunk)
-        ctx.save_for_backward(users_grad, items_grad)
+            if items_grad is not None:
+                items_grad.addmm_(scores_grad.T, chunk)
+        ctx.gradients = users_grad, items_grad
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        users_grad, items_grad = ctx.saved_tensors
-        return users_grad * grad, items_grad * grad, None, None, None, None
+        # scaled in place and handed over: a copy would be as large as the catalogue
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("a second backward pass through the exact softmax: compute the loss again")
+        users_grad, items_grad = (None if part is None else part.mul_(grad) for part in gradients)
+        return users_grad, items_grad, None, None, None, None
 
 
 def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:
@@ -172,22 +181,24 @@ def _rounded_cross_entropy(
     ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype, seen: Tensor | None
 ) -> Tensor:
     """The same with scores and probabilities rounded to ``dtype``; sums are in float32, the targets' part is exact."""
-    users_grad, items_grad = -items[labels], torch.zeros_like(items)
-    items_grad.index_add_(0, labels, users, alpha=-1)
+    users_grad, items_grad = -items[labels], None
+    if ctx.needs_input_grad[1]:
+        items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-1)
     total, rounded, rounded_items = users.new_zeros(()), users.to(dtype), items.to(dtype)
     for begin in range(0, len(users), chunk_size):
         part = slice(begin, begin + chunk_size)
         scores, label = rounded[part] @ rounded_items.T, labels[part, None]  # (C, I), (C, 1)
         if seen is not None:
             _leave_out(scores, seen[part], label)
-        chance = torch.softmax(scores, dim=1)
         # the logarithm of the largest chance, which is never 0, and how far the target's score is below its score
-        best = chance.max(dim=1, keepdim=True)
-        behind = (scores.gather(1, best.indices) - scores.gather(1, label)).float()
-        total += (behind - best.values.float().log()).sum()
+        behind = (scores.amax(dim=1, keepdim=True) - scores.gather(1, label)).float()
+        chance = torch.softmax(scores, dim=1)
+        del scores
+        total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
         users_grad[part] += chance @ rounded_items
-        items_grad += chance.T @ rounded[part]
-    ctx.save_for_backward(users_grad, items_grad)
+        if items_grad is not None:
+            items_grad += chance.T @ rounded[part]
+    ctx.gradients = users_grad, items_grad
     return total
 
 
@@ -470,9 +481,7 @@ class CrossEntropyLoss(Loss):
         seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As of any loss; seen: (N, S) ids that positions do not score, unless they are their targets."""
-        # products in 16 bits are quickest in larger pieces
-        larger = 1 if self.products is torch.float32 else 4
-        chunk_size = self.chunk_size or larger * default_chunk_size(len(items), items.device)
+        chunk_size = self.chunk_size or default_chunk_size(len(items), items.device, self.products)
         rows = None if seen is None else seen - 1
         loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products, rows)
         return loss, loss.new_tensor(len(items) - 1)

@@ -34,15 +34,25 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor,
     Raises:
         DivergedError: a score is NaN, which would rank its target first.
     """
-    if scores.isnan().any():
+    if scores.amax(1).isnan().any():  # NaN where any of a row is
         raise DivergedError("item scores are NaN: training diverged; lower optimizer.lr")
-    column = (targets - 1)[:, None]
-    target_score = scores.gather(1, column)
-    scores = scores.index_put((seen[0], seen[1] - 1), scores.new_tensor(float("-inf")))
-    scores = scores.scatter(1, column, float("-inf"))  # the target is no rival of itself
-    higher, tied = (scores > target_score).sum(1), (scores == target_score).sum(1)
+    column = targets - 1
+    target_score = scores.gather(1, column[:, None])
+    higher, tied = _count(scores > target_score), _count(scores == target_score)
+    # then without what is no rival, each once: for few of them no second (B, I) table is made
+    width, own = scores.shape[1], torch.arange(len(column), device=column.device)
+    places = torch.cat([seen[0] * width + seen[1] - 1, own * width + column]).unique()
+    rows = places // width
+    score, against = scores[rows, places % width], target_score[rows, 0]
+    higher.index_add_(0, rows, (score > against).int(), alpha=-1)
+    tied.index_add_(0, rows, (score == against).int(), alpha=-1)
     # not the default dtype, which in a step under bf16-true is too coarse for a rank
-    return higher.float() + tied.float() / 2, tied
+    return higher.float() + tied.float() / 2, tied.long()
+
+
+def _count(true: Tensor) -> Tensor:
+    """(B, I) bool -> (B,) int32 how many; on a CPU a sum of bools takes six times as long as one of bytes."""
+    return true.view(torch.uint8).sum(1, dtype=torch.int32)
 
 
 def rank_metrics(ranks: Tensor, ks: Sequence[int]) -> Tensor:

@@ -31,7 +31,7 @@ from hllm.config import Config, Dtype, LLMConfig, TextConfig, compose
 from hllm.data.base import SequenceDataModule
 from hllm.data.schema import Catalog
 from hllm.evaluate import Evaluation
-from hllm.train import train
+from hllm.fit import train
 
 WORDS = [f"word{number}" for number in range(40)]
 SIZES: dict[str, Any] = {

@@ -32,7 +32,7 @@ from hllm.distributed import gather_ids, gather_vectors, most, total
 from hllm.errors import ConfigError
 from hllm.losses import Candidates
 from hllm.module import Recommender
-from hllm.train import train
+from hllm.fit import train
 
 SECONDS = 240
 "Until a test gives up on other processes; what they do takes ten or twenty."
@@ -40,7 +40,7 @@ SECONDS = 240
 
 def in_two(work: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Run ``work(rank, folder, *arguments)`` in two processes that are connected by gloo."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hllm.build", "hllm.train", "transformers"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hllm.build", "hllm.fit", "transformers"])
     started = mp.start_processes(
         _connected, (work, folder, *arguments), nprocs=2, join=False, start_method="forkserver"
     )

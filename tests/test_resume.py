@@ -26,7 +26,7 @@ from hllm.errors import CheckpointError
 from hllm.evaluate import load_checkpoint
 from hllm.module import Recommender
 from hllm.resume import LastCheckpoint, WholeCheckpoints
-from hllm.train import train
+from hllm.fit import train
 
 FLAGS = ("items=id", "loss=nce", "user.dropout=0.2", "dataset.batch_size=4", "trainer.max_epochs=2")
 "Ten batches an epoch, in which dropout and negatives are drawn."
@@ -167,7 +167,7 @@ from pathlib import Path
 from test_resume import killed_at
 
 from hllm.config import compose
-from hllm.train import train
+from hllm.fit import train
 
 for runs in sys.argv[1].split("|"):
     folder, *flags = runs.split()

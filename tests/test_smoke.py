@@ -11,7 +11,7 @@ import pytest
 from conftest import NUM_USERS, Run
 
 from hllm.config import CONF_DIR, Config, compose
-from hllm.train import train
+from hllm.fit import train
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR).glob("experiment/*.yaml"))
 

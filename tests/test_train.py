@@ -16,7 +16,7 @@ from hllm.data.schema import Batch
 from hllm.errors import CheckpointError, ConfigError
 from hllm.evaluate import load_checkpoint
 from hllm.module import Recommender
-from hllm.train import train
+from hllm.fit import train
 
 
 @pytest.fixture(params=["id", "cached"])

@@ -9,6 +9,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from hllm.config import Dtype, LLMConfig
 from hllm.errors import ConfigError, LLMError
 from hllm.items.baichuan import baichuan_config, baichuan_tokenizer, load_baichuan
 from hllm.items.files import LLMFiles
+from hllm.items.last import LastFeedForward
 from hllm.tuning import is_trained
 
 
@@ -73,6 +75,11 @@ class Backbone:
     dtype: torch.dtype
     dim: int
     folder: Path | None = None
+
+    @cached_property
+    def last(self) -> LastFeedForward:
+        """The feed-forward of a decoder's last layer, to be run where it is read."""
+        return LastFeedForward(self.model)
 
 
 def choose_device(flag: str) -> torch.device:

@@ -3,6 +3,7 @@
 B texts in a batch, T tokens of its longest, P tokens of a shared prefix, D width of the Item LLM.
 """
 
+import contextlib
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from hllm.items.files import ITEM_TOKEN, read_item_token
 log = logging.getLogger(__name__)
 
 PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
-"Causal decoders whose cache of keys and values can be shared; all others take the plain path."
+"Causal decoders: keys and values can be shared, the last feed-forward left out; all others take the plain path."
 MIN_PREFIX = 4
 "Shorter prefixes are not worth a forward pass of their own."
 CHUNK = 500
@@ -44,7 +45,8 @@ class Encoder:
         llm: pooling, max_tokens and token_budget.
         texts: one a catalogue row.
         names: what to call each row in errors: the original item ids.
-        share_prefix: run the tokens that a batch's texts begin with once for all of them, where the model can.
+        save_work: run the tokens that a batch's texts begin with once for all of them, and the last feed-forward only at
+            the token that is read, where the model can.
 
     Raises:
         ConfigError: llm.pooling or llm.max_tokens does not fit the model.
@@ -52,7 +54,7 @@ class Encoder:
     """
 
     def __init__(
-        self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str], share_prefix: bool = True
+        self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str], save_work: bool = True
     ) -> None:
         check_fit(backbone.name, backbone.model, backbone.tokenizer, llm)
         self.backbone, self.llm, self.names = backbone, llm, names
@@ -61,8 +63,9 @@ class Encoder:
         check_vocabulary(backbone.name, backbone.model, self.tokens)
         family = backbone.model.config.model_type
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
-        shareable = llm.pooling in (Pooling.last, Pooling.item) and llm.positions is Positions.start
-        self.share_prefix = share_prefix and shareable and family in PREFIX_FAMILIES
+        one_token = save_work and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
+        self.share_prefix = one_token and llm.positions is Positions.start
+        self._last = backbone.last if one_token else None
 
     def order(self) -> list[int]:
         """Rows, longest text first: too large a batch shows at once, and neighbours pad little."""
@@ -109,7 +112,9 @@ class Encoder:
         inputs["attention_mask"] = mask
         if prefix:
             inputs |= self._run_prefix(prefix, mask)
-        hidden: Tensor = self.backbone.model(**inputs).last_hidden_state  # (B, T - P, D)
+        places = torch.arange(len(batch), device=mask.device), mask.sum(1) - 1
+        with contextlib.nullcontext() if self._last is None else self._last.only(*places):
+            hidden: Tensor = self.backbone.model(**inputs).last_hidden_state  # (B, T - P, D)
         return pool(hidden, mask, self.llm.pooling)
 
     def _run_prefix(self, prefix: list[int], mask: Tensor) -> dict[str, Any]:

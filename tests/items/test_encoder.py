@@ -82,16 +82,20 @@ def test_bfloat16_stays_near_float32(
         assert torch.cosine_similarity(batched(rounded), reference).min() > 0.999
 
 
-def test_shared_prefix_is_run_once_and_changes_nothing(
+def test_shared_prefix_and_last_feed_forward_are_run_once_and_change_nothing(
     tiny_llama: Path, llm_config: Config, movies: Catalog, text: TextConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = item_texts(movies, text)
-    plain = batched(encoder(tiny_llama, llm_config(tiny_llama), texts, share_prefix=False))
+    plain = batched(encoder(tiny_llama, llm_config(tiny_llama), texts, save_work=False))
     prefixes: list[list[int]] = []
     run = Encoder._run_prefix
     monkeypatch.setattr(Encoder, "_run_prefix", lambda *args: prefixes.append(args[1]) or run(*args))
-    torch.testing.assert_close(batched(encoder(tiny_llama, llm_config(tiny_llama), texts)), plain, atol=1e-5, rtol=1e-5)
+    saving = encoder(tiny_llama, llm_config(tiny_llama), texts)
+    tokens: list[int] = []
+    saving.backbone.model.layers[-1].mlp.act_fn.register_forward_hook(lambda *args: tokens.append(args[2].shape[-2]))
+    torch.testing.assert_close(batched(saving), plain, atol=1e-5, rtol=1e-5)
     assert min(map(len, prefixes)) == 6, "Compress the following : title :"
+    assert sum(tokens) == len(texts) + sum(map(len, prefixes)), "the last feed-forward runs once a text, and for prefixes"
 
 
 @pytest.mark.parametrize(

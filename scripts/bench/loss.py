@@ -1,0 +1,84 @@
+"""Exact softmax over a catalogue, forward and backward: ours beside plain linear + cross entropy, and torch's chunks.
+
+    python scripts/bench/loss.py --record
+    python scripts/bench/loss.py --positions 8192 --width 256 --items 3706 100000 1000000        # a GPU
+
+Plain is F.cross_entropy(users @ items.T) under autograd, in float32; where its scores would take more than --plain-gb
+three times over it is left out. ``frozen`` has item vectors that are not trained. The losses and gradients are compared
+before anything is timed.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import Table, finish, in_turns, parser
+
+from hllm.config import HeadConfig, Similarity
+from hllm.head import SimilarityHead
+from hllm.losses import default_chunk_size, softmax_loss
+
+def main() -> None:
+    flags = parser(__doc__, rounds=5)
+    flags.add_argument("--positions", type=int, default=1024)
+    flags.add_argument("--width", type=int, default=256)
+    flags.add_argument("--items", type=int, nargs="+", default=[3_706, 12_101, 100_000, 1_000_000])
+    flags.add_argument("--plain-gb", type=float, default=8.0)
+    args = flags.parse_args()
+    tables = [measure(args, num_items) for num_items in args.items]
+    finish("loss", args, tables)
+
+
+def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
+    device = torch.device(args.device)
+    generator = torch.Generator().manual_seed(0)
+    users = (torch.randn(args.positions, args.width, generator=generator) / 4).to(device).requires_grad_()
+    items = (torch.randn(num_items, args.width, generator=generator) / 4).to(device).requires_grad_()
+    labels = torch.randint(num_items, (args.positions,), generator=generator).to(device)
+    head = SimilarityHead(HeadConfig(similarity=Similarity.dot, temperature=1.0)).to(device)
+
+    def ours(products: torch.dtype, frozen: bool = False) -> Callable[[], Tensor]:
+        table = items.detach() if frozen else items
+        chunk = default_chunk_size(num_items, device, products)
+        return lambda: step(softmax_loss(users, table, labels, head, chunk, products))
+
+    def step(loss: Tensor) -> Tensor:
+        users.grad = items.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    ways: dict[str, Callable[[], Tensor]] = {}
+    scores_gb = 4 * args.positions * num_items / 1e9
+    if 3 * scores_gb <= args.plain_gb:
+        ways["plain, float32"] = lambda: step(F.cross_entropy(users @ items.T, labels))
+    ways["ours, float32"] = ours(torch.float32)
+    ways["ours, bfloat16 products"] = ours(torch.bfloat16)
+    ways["ours, float32, frozen"] = ours(torch.float32, frozen=True)
+    ways["ours, bfloat16 products, frozen"] = ours(torch.bfloat16, frozen=True)
+    check(ways, users, items)
+    seconds, megabytes = in_turns(ways, args)
+    table = Table(f"N={args.positions}, d={args.width}, {num_items:,} items", "positions", args.positions, seconds, megabytes)
+    print(f"{table.title}\n\n{table.text()}\n", flush=True)
+    return table
+
+
+def check(ways: dict[str, Callable[[], Tensor]], users: Tensor, items: Tensor) -> None:
+    """All ways give the loss of the first, and its gradients to 16 bits."""
+    found = {}
+    for way, turn in ways.items():
+        loss = turn()
+        assert users.grad is not None
+        found[way] = loss, users.grad
+    (loss, grad), *others = found.values()
+    for other_loss, other in others:
+        assert (other_loss - loss).abs() < 2e-3 * loss.abs(), found
+        assert (other - grad).norm() < 0.01 * grad.norm(), found
+
+
+if __name__ == "__main__":
+    main()
