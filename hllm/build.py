@@ -18,6 +18,7 @@ from torch import nn
 
 from hllm.collapse import CollapseGuard, FiniteLoss
 from hllm.config import (
+    AutoLossConfig,
     BinaryLossConfig,
     CachedItemsConfig,
     CELossConfig,
@@ -28,6 +29,7 @@ from hllm.config import (
     IdItemsConfig,
     LLMItemsConfig,
     LLMUserConfig,
+    LossConfig,
     NCELossConfig,
     Strategy,
     TrainerConfig,
@@ -46,6 +48,7 @@ from hllm.items.llm import LLMItems
 from hllm.items.text import default_template
 from hllm.items.tokens import catalog_tokens
 from hllm.items.tower import CachedItems, FusedItems, IdItems, ItemTower
+from hllm.losses import Loss
 from hllm.module import Recommender
 from hllm.throughput import Throughput
 from hllm.users.llm import UserLLM
@@ -121,7 +124,7 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
         users=users,
         user=config.user,
         head=SimilarityHead(config.head, getattr(config.items, "neighbours", 0)),
-        loss=get_class(config.loss._target_)(config.loss, _pool_counts(datamodule)),
+        loss=_build_loss(config, _pool_counts(datamodule), users, dim),
         optimizer=config.optimizer,
         evaluation=config.evaluation,
         train_counts=datamodule.train_counts,
@@ -130,6 +133,31 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
         pool=datamodule.pool,
         times=EventTimes(config.user, dim) if config.user.time_features or config.user.time_gaps else None,
     )
+
+
+def _build_loss(config: Config, train_counts: torch.Tensor, users: nn.Module, dim: int) -> Loss:
+    """``train_counts`` is (I + 1,), of the items that the loss may know; the user model is ``dim`` wide."""
+    chosen = config.loss
+    if isinstance(chosen, AutoLossConfig):
+        chosen = _cheaper_loss(chosen, len(train_counts) - 1, users, dim, isinstance(config.items, LLMItemsConfig))
+    loss: Loss = get_class(chosen._target_)(chosen, train_counts)
+    return loss
+
+
+def _cheaper_loss(config: AutoLossConfig, num_items: int, users: nn.Module, dim: int, encodes: bool) -> LossConfig:
+    """Exact softmax over (I,) items costs 6 I D operations a position, the user model's P weights 6 P: even at P / D.
+
+    Args:
+        encodes: the item tower encodes what a step reads, which cannot be the catalogue.
+    """
+    weights = sum(layer.weight.numel() for layer in users.modules() if isinstance(layer, nn.Linear))
+    most = max(config.exact_items, weights // dim)
+    if num_items <= most and not encodes:
+        log.info("loss=auto: exact softmax, %d items of at most %d", num_items, most)
+        return CELossConfig("ce", "hllm.losses.CrossEntropyLoss", products=config.products)
+    why = "items=llm encodes what is scored" if encodes else f"{num_items} items, exact up to {most}"
+    log.info("loss=auto: softmax over a sample, %d negatives and the batch's: %s", config.num_negatives, why)
+    return NCELossConfig("nce", "hllm.losses.NCELoss", num_negatives=config.num_negatives, logq=True)
 
 
 def data_identity(config: Config, datamodule: DataModule) -> dict[str, str]:

@@ -928,6 +928,20 @@ class NCELossConfig(LossConfig):
 
 
 @dataclass
+class AutoLossConfig(LossConfig):
+    exact_items: int = 20_000
+    "Exact softmax up to this many items; and beyond it, while that costs less than the user model."
+    num_negatives: int = 8192
+    "Where it is sampled instead: uniform negatives a step, beside those of the batch; with logQ correction."
+    products: ScoreDtype = ScoreDtype.float32
+    "Of the exact softmax, as in loss=ce."
+
+    def __post_init__(self) -> None:
+        _at_least("loss.exact_items", self.exact_items, 0)
+        _at_least("loss.num_negatives", self.num_negatives, 1)
+
+
+@dataclass
 class BinaryLossConfig(LossConfig):
     num_negatives: int = 1
     "Uniform negatives, drawn for each position."
@@ -1216,7 +1230,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "llm": {"base": LLMConfig},
     "items": {"id": IdItemsConfig, "cached": CachedItemsConfig, "fused": FusedItemsConfig, "llm": LLMItemsConfig},
     "user": {"transformer": TransformerConfig, "hstu": HSTUConfig, "llm": LLMUserConfig},
-    "loss": {"ce": CELossConfig, "nce": NCELossConfig, "bce": BinaryLossConfig},
+    "loss": {"ce": CELossConfig, "nce": NCELossConfig, "auto": AutoLossConfig, "bce": BinaryLossConfig},
 }
 
 

@@ -17,7 +17,7 @@ from hllm.build import build_datamodule, build_module
 from hllm.config import Config, NCELossConfig, OptimizerConfig, Schedule
 from hllm.data.schema import Batch
 from hllm.errors import ConfigError
-from hllm.losses import NCELoss
+from hllm.losses import CrossEntropyLoss, NCELoss
 from hllm.metrics import target_ranks
 from hllm.module import Recommender, _lookup
 
@@ -351,3 +351,25 @@ def test_lookup_gathers_by_id() -> None:
     ids, vectors = torch.tensor([2, 5, 9]), torch.eye(3)
     wanted = torch.tensor([[9, 2], [5, 5]])
     assert _lookup(wanted, ids, vectors).argmax(-1).tolist() == [[2, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(("exact_items", "dim", "exact"), [(30, 2, True), (29, 2, False), (29, 4, True)])
+def test_the_automatic_loss_is_exact_where_that_is_cheap(
+    run_config: Any, caplog: pytest.LogCaptureFixture, exact_items: int, dim: int, exact: bool
+) -> None:
+    caplog.set_level("INFO")
+    # a block has 12 dim^2 weights: as much as 12 dim items
+    flags = [f"loss.exact_items={exact_items}", f"user.dim={dim}", "user.num_heads=1"]
+    config = run_config("items=id", "loss=auto", "user.num_layers=1", *flags)
+    data = build_datamodule(config)
+    assert 12 * 2 < data.num_items < 12 * 4
+    loss = build_module(config, data).loss
+    assert isinstance(loss, CrossEntropyLoss if exact else NCELoss)
+    assert f"{data.num_items} items" in caplog.text
+
+
+def test_the_automatic_loss_does_not_score_a_catalogue_that_it_would_have_to_encode(run_config: Any) -> None:
+    config = run_config("items=llm", "loss=auto", "loss.num_negatives=5")
+    loss = build_module(config, build_datamodule(config)).loss
+    assert isinstance(loss, NCELoss)
+    assert loss.config.logq and loss.config.num_negatives == 5

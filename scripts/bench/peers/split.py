@@ -8,7 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,22 @@ class Outcome:
     selection: str
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """What training epochs of a peer cost.
+
+    Args:
+        wall, cpu: seconds of each epoch; of all threads, ``cpu``.
+        transitions: different ones that an epoch trains.
+        positions: how many it trains in all.
+    """
+
+    wall: list[float]
+    cpu: list[float]
+    transitions: int
+    positions: int
+
+
 def load(folder: Path) -> Split:
     events, test = np.load(folder / "events.npz"), np.load(folder / "test.npz")
     settings = json.loads((folder / "settings.json").read_text())
@@ -144,3 +160,13 @@ def main(models: dict[str, Callable[[Split, int, Path], Outcome]]) -> None:
         "selection": outcome.selection,
     }
     (args.out / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def main_epochs(models: dict[str, Callable[[Split], Epochs]]) -> None:
+    """Time one model; writes OUT."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=models)
+    parser.add_argument("split", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    args.out.write_text(json.dumps(asdict(models[args.model](load(args.split)))) + "\n")
