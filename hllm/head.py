@@ -81,11 +81,11 @@ class SimilarityHead(nn.Module):
         with torch.autocast(items.device.type, enabled=False):
             return self.prepare(items.to(self.score_dtype))
 
-    def score(self, users: Tensor, table: Tensor) -> Tensor:
-        """As ``forward``, for items that went through ``table``."""
+    def score(self, users: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+        """As ``forward``, for items that went through ``table``; written to ``out``, (N, M), where that is given."""
         with torch.autocast(users.device.type, enabled=False):
             dtype = self.score_dtype
-            return (self.prepare(users.to(dtype)) * self.scale().to(dtype)) @ table.T
+            return torch.mm(self.prepare(users.to(dtype)) * self.scale().to(dtype), table.T, out=out)
 
 
 class _Clamp(torch.autograd.Function):

@@ -177,6 +177,9 @@ def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:
     scores.scatter_(1, rows, float("-inf")).scatter_(1, label, own)
 
 
+ITEM_BLOCK = 4096
+
+
 def _rounded_cross_entropy(
     ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype, seen: Tensor | None
 ) -> Tensor:
@@ -185,19 +188,24 @@ def _rounded_cross_entropy(
     if ctx.needs_input_grad[1]:
         items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-1)
     total, rounded, rounded_items = users.new_zeros(()), users.to(dtype), items.to(dtype)
+    # every chunk's: memory that is new each time costs a CPU half as much again as the products
+    buffer = rounded.new_empty(min(chunk_size, len(users)), len(items))
     for begin in range(0, len(users), chunk_size):
         part = slice(begin, begin + chunk_size)
-        scores, label = rounded[part] @ rounded_items.T, labels[part, None]  # (C, I), (C, 1)
+        chunk, label = rounded[part], labels[part, None]  # (C, D), (C, 1)
+        scores = torch.mm(chunk, rounded_items.T, out=buffer[: len(chunk)])  # (C, I)
         if seen is not None:
             _leave_out(scores, seen[part], label)
         # the logarithm of the largest chance, which is never 0, and how far the target's score is below its score
         behind = (scores.amax(dim=1, keepdim=True) - scores.gather(1, label)).float()
-        chance = torch.softmax(scores, dim=1)
-        del scores
+        # over itself where each row is read before it is written: tests have that for CPUs only
+        chance = torch.softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
         total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
         users_grad[part] += chance @ rounded_items
         if items_grad is not None:
-            items_grad += chance.T @ rounded[part]
+            # some items at a time, whose products are then still in a core's cache
+            for own, chances in zip(items_grad.split(ITEM_BLOCK), chance.split(ITEM_BLOCK, dim=1), strict=True):
+                own += chances.T @ chunk
     ctx.gradients = users_grad, items_grad
     return total
 

@@ -96,6 +96,7 @@ class Recommender(L.LightningModule):
         self.last_step: LastStep | None = None
         "What the newest training step tells of a collapse."
         self._catalogue: tuple[Tensor, Tensor] | None = None
+        self._scores: Tensor | None = None
         self._idle_batches = 0
 
     def setup(self, stage: str) -> None:
@@ -178,8 +179,8 @@ class Recommender(L.LightningModule):
         items = torch.where(columns <= places[:, None], batch.items[rows], batch.items[rows, :1])
         return items if self.pool is None else torch.searchsorted(self.pool, items) + 1
 
-    def scores(self, batch: Batch) -> Tensor:
-        """(B, I) score of every catalogue item after each history; item i + 1 in column i.
+    def scores(self, batch: Batch, out: Tensor | None = None) -> Tensor:
+        """(B, I) score of every catalogue item after each history; item i + 1 in column i; in ``out`` if it is given.
 
         Where the tower knows an item by training only, those that were not in training stand below all others.
         """
@@ -187,10 +188,10 @@ class Recommender(L.LightningModule):
         ids = torch.arange(1, len(vectors) + 1, device=vectors.device)
         encoded = self(batch, ids, vectors)
         last = batch.mask.sum(1) - 1
-        scores = self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table)
+        scores = self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table, out)
         if not self.items.knows_cold:
             # finite, so that they still stand above what is left out of a ranking, and tie with one another
-            scores = scores.masked_fill(self.train_counts[1 : len(table) + 1] == 0, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(self.train_counts[1 : len(table) + 1] == 0, torch.finfo(scores.dtype).min)
         return scores
 
     def catalogue(self) -> tuple[Tensor, Tensor]:
@@ -222,13 +223,22 @@ class Recommender(L.LightningModule):
             for _ in range(self._idle_batches):
                 times = x.new_zeros(1, 1, dtype=torch.int64)
                 self.users(x, x.new_ones(1, 1, dtype=torch.bool), times, times if self.target_time else None)
-        self._catalogue = None  # training needs the memory
+        self._catalogue = self._scores = None  # training needs the memory
+
+    def _scored(self, batch: Batch) -> Tensor:
+        """As ``scores``, in memory that the next batch's overwrite: to have as much new each time costs as much as the
+        product.
+        """
+        table = self.catalogue()[1]
+        if self._scores is None or len(self._scores) < len(batch):
+            self._scores = table.new_empty(len(batch), len(table), dtype=self.head.score_dtype)
+        return self.scores(batch, self._scores[: len(batch)])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self._rank(batch, self.scores(batch), self.val_metrics)
+        self._rank(batch, self._scored(batch), self.val_metrics)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        scores = self.scores(batch)
+        scores = self._scored(batch)
         ranked = self._rank(batch, scores, self.test_metrics)
         self.test_ranks.append((batch.users.cpu(), *(column.cpu() for column in ranked)))
         self.test_coverage.update(scores, batch.seen)

@@ -274,7 +274,7 @@ def test_mixed_precision_leaves_loss_and_scores_in_float32(
             scores = joint.scores(batch)
             catalogue, _ = joint.catalogue()
         exact = joint.items.all()
-    ((users, _),) = given
+    ((users, *_),) = given
     assert not torch.equal(catalogue.float(), exact)
     torch.testing.assert_close(catalogue.float(), exact, atol=0.1, rtol=0.1)
     assert torch.equal(scores, joint.head(users, catalogue))  # as outside of autocast
