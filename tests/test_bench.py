@@ -1,6 +1,5 @@
 """The joint step's benchmark: both ways compute one thing, and what it counts is what is done."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "bench"))
 import joint
+import measure
 import synthetic
 
 MINUTE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40} | {
@@ -84,13 +84,15 @@ def test_histories_are_as_long_as_stated() -> None:
     assert bool(step.valid.sum(1).eq(step.batch.mask.sum(1)).all())
 
 
-def test_the_script_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "joint.json"
+def test_the_script_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "RECORDS", tmp_path)
     arguments = ["--data", "pixel8m", "--layers", "1", "--items", "50", "--rounds", "1", "--share", "0.1"]
-    result = joint.main([*arguments, "--device", "cpu", "--ways", "official", "ours", "--output", str(path)])
-    assert json.loads(path.read_text()) == result
-    rows = {row["way"]: row for row in result["data"]["pixel8m"]["rows"]}
-    assert rows["official"]["items"] == 2 * 11 + 18
-    assert rows["ours"]["items"] == rows["ours"]["useful_items"] == rows["official"]["useful_items"]
-    assert {"git", "torch", "cpu", "threads"} <= result["environment"].keys()
+    (table,) = joint.main([*arguments, "--device", "cpu", "--ways", "official", "ours", "--record"])
+    record, tables = measure.read_record(tmp_path / "joint-cpu.json")
+    assert tables == [table]
+    assert table.cells["items"]["official"] == str(2 * 11 + 18)
+    assert table.cells["of a useful one"]["ours"] == "1.00"
+    assert {"git", "torch", "cpu", "threads"} <= record["environment"].keys()
     assert "| ours " in capsys.readouterr().out

@@ -30,9 +30,9 @@ from hllm.data.base import SequenceDataModule
 from hllm.data.schema import Batch
 from hllm.distributed import gather_ids, gather_vectors, most, total
 from hllm.errors import ConfigError
+from hllm.fit import train
 from hllm.losses import Candidates
 from hllm.module import Recommender
-from hllm.fit import train
 
 SECONDS = 240
 "Until a test gives up on other processes; what they do takes ten or twenty."

@@ -372,4 +372,5 @@ def test_the_automatic_loss_does_not_score_a_catalogue_that_it_would_have_to_enc
     config = run_config("items=llm", "loss=auto", "loss.num_negatives=5")
     loss = build_module(config, build_datamodule(config)).loss
     assert isinstance(loss, NCELoss)
-    assert loss.config.logq and loss.config.num_negatives == 5
+    assert loss.config.logq
+    assert loss.config.num_negatives == 5

@@ -24,9 +24,9 @@ from hllm.data.shards import write_shards
 from hllm.disk import TEMPORARY
 from hllm.errors import CheckpointError
 from hllm.evaluate import load_checkpoint
+from hllm.fit import train
 from hllm.module import Recommender
 from hllm.resume import LastCheckpoint, WholeCheckpoints
-from hllm.fit import train
 
 FLAGS = ("items=id", "loss=nce", "user.dropout=0.2", "dataset.batch_size=4", "trainer.max_epochs=2")
 "Ten batches an epoch, in which dropout and negatives are drawn."

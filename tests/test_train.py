@@ -15,8 +15,8 @@ from hllm.config import Config, from_plain, to_plain
 from hllm.data.schema import Batch
 from hllm.errors import CheckpointError, ConfigError
 from hllm.evaluate import load_checkpoint
-from hllm.module import Recommender
 from hllm.fit import train
+from hllm.module import Recommender
 
 
 @pytest.fixture(params=["id", "cached"])

@@ -45,8 +45,8 @@ class Encoder:
         llm: pooling, max_tokens and token_budget.
         texts: one a catalogue row.
         names: what to call each row in errors: the original item ids.
-        save_work: run the tokens that a batch's texts begin with once for all of them, and the last feed-forward only at
-            the token that is read, where the model can.
+        save_work: run the tokens that a batch's texts begin with once for all of them, and the last feed-forward only
+            at the token that is read, where the model can.
 
     Raises:
         ConfigError: llm.pooling or llm.max_tokens does not fit the model.

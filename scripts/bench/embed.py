@@ -6,8 +6,8 @@
 All ways embed the same random item texts of MovieLens-100k's template and the last token's hidden state; loading is not
 counted. ``one by one`` is the light form's original (torch-rechub, preprocess_hllm_data.py): float32, the vocabulary
 head and all hidden states computed, one text a forward pass. ``padded`` is a transformers body on batches of 32 in the
-given order, tokenised in each batch, in our dtype. ``sentence-transformers`` is its encode, where it is installed: sorted
-by length, batches of 32, our dtype. The largest cosine distance to the first way's vectors stands beside each.
+given order, tokenised in each batch, in our dtype. ``sentence-transformers`` is its encode, where it is installed:
+sorted by length, batches of 32, our dtype. The largest cosine distance to the first way's vectors stands beside each.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def main() -> None:
     flags = parser(__doc__, rounds=3)
     flags.add_argument("--llm", default="smollm2_135m", help="a decoder of conf/llm (default: %(default)s)")
     flags.add_argument("--items", type=int, default=200, help="item texts, drawn at random (default: %(default)s)")
-    flags.add_argument("--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of all but one by one")
+    flags.add_argument(
+        "--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of all but one by one"
+    )
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = measure(args, Path(folder))

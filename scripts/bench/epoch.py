@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python scripts/bench/epoch.py --record        # installs the peers, as scripts/bench/peers.py does
 
-Each turn is a process of its own in the environment of its library: some epochs of training without validation, of which
-the first warms up. Rows of a table are compared by seconds per distinct transition, because an epoch is not the same
+Each turn is a process of its own in the environment of its library: some epochs of training without validation, the
+first of which warms up. Rows of a table are compared by seconds per distinct transition, because an epoch is not the same
 everywhere: RecTools trains the newest L + 1 events of a user, ours all; torch-rechub has a row of every prefix of a
 history, and trains all positions of each, which repeats a transition up to L times. ``positions/s`` counts repeats too.
 RecTools' loss is its sampled softmax, 128 negatives for each position; torch-rechub's, which it calls NCE, is the full
@@ -142,7 +142,9 @@ def measure(args: argparse.Namespace, data: str, name: str, folder: Path) -> Tab
             for label, turns in found.items()
         },
     }
-    shape = ", ".join(f"{dial} {dials[dial]}" for dial in ("dim", "num_layers", "num_heads", "max_history", "batch_size"))
+    shape = ", ".join(
+        f"{dial} {dials[dial]}" for dial in ("dim", "num_layers", "num_heads", "max_history", "batch_size")
+    )
     note = "Seconds are for a million transitions; peak MB is the process's, its imports included."
     table = Table(f"{name} on {data}: {shape}", "transitions", 1e6, seconds, megabytes, cells, note)
     print(f"\n{table.title}\n\n{table.text()}\n", flush=True)

@@ -1,30 +1,26 @@
 """A training step of the joint model, Item LLM and User LLM: ours beside the official way of doing it.
 
-    OMP_NUM_THREADS=1 python scripts/bench/joint.py --clock cpu --output joint.json       # a tiny model on a CPU
-    python scripts/bench/joint.py --preset tinyllama_1.1b --rounds 10 --output joint.json    # a GPU of 80 GB
+    python scripts/bench/joint.py --record                                        # a tiny model on a CPU
+    python scripts/bench/joint.py --preset tinyllama_1.1b --rounds 10 --record    # a GPU of 80 GB
 
 Both ways train the same random weights on the same made-up batches, in turns within one run, with the same attention
 kernels, optimizer and precision; so what differs is the work that ``official.py`` names. Before anything is timed, the
 two losses and their gradients are compared in float32. What devices tell one another is not in it: one device does its
 share of the official run.
 
-Columns: seconds of a step (forward, backward, optimizer), the median over the rounds; ``ratio``, the official
-step's seconds over this way's; ``items`` that were encoded; ``useful items/s``, each item that the loss needs once;
-``tokens/s`` through the Item LLM, padding included; ``mfu``, FLOPs that the mathematics needs over the device's peak
-(each item once, no padding, no vocabulary, of the last layer what is read, nothing computed twice); ``hfu``, the same
-of all FLOPs that were computed; ``memory``, the step's peak, and what of it came on top of weights and optimizer.
+A turn is a step: forward, backward, optimizer. Columns: ``useful items/s``, each item that the loss needs once;
+``items`` that were encoded, and ``of a useful one``; ``tokens/s`` through the Item LLM, padding included; ``mfu``,
+FLOPs that the mathematics needs over the device's peak (each item once, no padding, no vocabulary, of the last layer
+what is read, nothing computed twice); ``hfu``, the same of all FLOPs that were computed; ``peak MB`` on top of weights
+and optimizer, and ``GB in all``.
 """
 
 import argparse
-import contextlib
-import ctypes
 import gc
-import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import CLOCKS, Table, finish, parser, peak_memory, synchronize
 from official import SIMILARITY_THRESHOLD, OfficialWay, encoded_lengths, packing
 from synthetic import SHAPES, Shape, Step, make_step, make_tokens
 
@@ -56,8 +53,6 @@ from hllm.head import SimilarityHead
 from hllm.items.llm import LLMItems
 from hllm.losses import NCELoss
 from hllm.module import Recommender
-from hllm.report import text_table
-from hllm.tracking import environment
 from hllm.users.llm import UserLLM
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,7 +64,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "tinyllama_1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
     | {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000},
 }
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 BF16_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 "Dense bfloat16 FLOP/s that the makers state, by a part of the GPU's name; the first that fits."
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -331,128 +325,50 @@ def device_peak(device: torch.device, precision: str, clock: Callable[[], float]
     )
 
 
-@contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Bytes at most, and how many of them came within the block; of a CPU's process where the kernel tells."""
-    found: dict[str, int] = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    else:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed would hide this one's
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-        before = resident("VmRSS")
-        yield found
-        found["peak_bytes"] = resident("VmHWM")
-    found["step_bytes"] = found["peak_bytes"] - before
-
-
-def resident(name: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def summary(found: dict[str, dict[str, Any]], peak: float) -> list[dict[str, Any]]:
-    """A row a way, with what follows from seconds and counts."""
-    rows = []
-    official = found.get("official", {}).get("seconds")
-    for name, row in found.items():
-        if "failed" in row:
-            rows.append({"way": name} | row)
-            continue
-        median = statistics.median(row["seconds"])
-        rows.append(
-            {"way": name}
-            | row
-            | {
-                "median_seconds": median,
-                "ratio": statistics.median(official) / median if official else None,
-                "useful_items_per_second": row["useful_items"] / median,
-                "tokens_per_second": row["tokens"] / median,
-                "mfu": row["useful_flops"] / median / peak,
-                "hfu": row["flops"] / median / peak,
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    header = ["way", "s/step", "ratio", "items", "useful items/s", "tokens/s", "mfu", "hfu", "memory GB", "of the step"]
-    lines = []
-    for row in rows:
-        if "failed" in row:
-            lines.append([row["way"], row["failed"], *[""] * (len(header) - 2)])
-            continue
-        lines.append(
-            [
-                row["way"],
-                f"{row['median_seconds']:.3f}",
-                "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-                f"{row['items']:.0f}",
-                f"{row['useful_items_per_second']:.1f}",
-                f"{row['tokens_per_second']:.0f}",
-                f"{row['mfu']:.1%}",
-                f"{row['hfu']:.1%}",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-                f"{row['step_bytes'] / 1e9:.2f}",
-            ]
-        )
-    return text_table(header, lines)
+def as_table(title: str, found: dict[str, dict[str, Any]], peak: float) -> Table:
+    """What ``Bench.measure`` found, with what follows from seconds and counts."""
+    done = {name: row for name, row in found.items() if "failed" not in row}
+    medians = {name: statistics.median(row["seconds"]) for name, row in done.items()}
+    columns: dict[str, Callable[[str, dict[str, Any]], str]] = {
+        "items": lambda name, row: f"{row['items']:.0f}",
+        "of a useful one": lambda name, row: f"{row['items'] / row['useful_items']:.2f}",
+        "tokens/s": lambda name, row: f"{row['tokens'] / medians[name]:,.0f}",
+        "mfu": lambda name, row: f"{row['useful_flops'] / medians[name] / peak:.1%}",
+        "hfu": lambda name, row: f"{row['flops'] / medians[name] / peak:.1%}",
+        "GB in all": lambda name, row: f"{row['peak_bytes'] / 1e9:.2f}",
+    }
+    return Table(
+        title,
+        "useful items",
+        statistics.mean(row["useful_items"] for row in done.values()),
+        {name: row["seconds"] for name, row in done.items()},
+        {name: row["step_bytes"] / 1e6 for name, row in done.items()},
+        {column: {name: cell(name, row) for name, row in done.items()} for column, cell in columns.items()},
+        " ".join(f"{name}: {row['failed']}." for name, row in found.items() if "failed" in row),
+    )
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=MODELS, help="shape of both models (default: %(default)s)")
-    parser.add_argument("--data", nargs="+", default=list(SHAPES), choices=SHAPES, help="lengths of (default: all)")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="(default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: %(default)s)")
-    parser.add_argument("--share", type=float, help="of a device's rows and negatives (default: 1; tiny takes 0.25)")
-    parser.add_argument("--layers", type=int, help="of both models (default: the preset's)")
-    parser.add_argument("--items", type=int, help="in the catalogue (default: the data set's)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(default: bf16-mixed on a GPU, 32-true elsewhere)")
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=CLOCKS,
-        help="cpu: seconds of this process's threads, for a CPU that others use too, with OMP_NUM_THREADS=1",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    return parser.parse_args(arguments)
+    flags = parser(__doc__, rounds=3)
+    flags.add_argument("--preset", default="tiny", choices=MODELS, help="shape of both models (default: %(default)s)")
+    flags.add_argument("--data", nargs="+", default=list(SHAPES), choices=SHAPES, help="lengths of (default: all)")
+    flags.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="(default: all)")
+    flags.add_argument("--share", type=float, help="of a device's rows and negatives (default: 1; tiny takes 0.25)")
+    flags.add_argument("--layers", type=int, help="of both models (default: the preset's)")
+    flags.add_argument("--items", type=int, help="in the catalogue (default: the data set's)")
+    flags.add_argument("--precision", choices=PRECISIONS, help="(default: bf16-mixed on a GPU, 32-true elsewhere)")
+    flags.add_argument("--seed", type=int, default=0)
+    return flags.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> list[Table]:
     args = parse_args(arguments)
     device = torch.device(args.device)
     precision = args.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     model = MODELS[args.preset] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
     clock = CLOCKS[args.clock]
     peak, source = device_peak(device, precision, clock)
-    print(f"{args.preset}, {precision} on {device}, peak {peak / 1e12:.3g} TFLOP/s: {source}")
-    result: dict[str, Any] = {
-        "command": " ".join(["scripts/bench/joint.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "environment": environment() | {"cpu": cpu_name()},
-        "preset": args.preset,
-        "model": model,
-        "precision": precision,
-        "clock": args.clock,
-        "peak_flops": peak,
-        "peak_source": source,
-        "data": {},
-    }
+    tables = []
     for name in args.data:
         shape = SHAPES[name]
         share = (0.25 if args.preset == "tiny" else 1) if args.share is None else args.share
@@ -463,24 +379,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             items=args.items or shape.items,
         )
         bench = Bench(model, shape, device, precision, args.seed)
-        rows = summary(bench.measure(args.ways, args.rounds, clock), peak)
-        result["data"][name] = {"shape": asdict(shape), "check": bench.check, "rows": rows}
+        size = f"{shape.batch_size} histories, {shape.negatives} negatives, {shape.items:,} items"
+        table = as_table(f"{name}: {args.preset}, {size}", bench.measure(args.ways, args.rounds, clock), peak)
         check = bench.check
-        print(f"\n{name}: loss {check['official']:.5f} official, {check['ours']:.5f} ours (float32, 2 rows)\n")
-        print(table(rows), flush=True)
-        if args.output is not None:  # each time: a run that is cut off keeps what it has
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{table.title}: loss {check['official']:.5f} official, {check['ours']:.5f} ours (float32, 2 rows)\n")
+        print(f"{table.text()}\n", flush=True)
+        tables.append(table)
+        # each time: a run that is cut off keeps what it has
+        finish("joint", args, tables, precision=precision, peak_flops=peak, peak_source=source)
         del bench
         gc.collect()
-    return result
-
-
-def cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+    return tables
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hllm.config import HeadConfig, Similarity
 from hllm.head import SimilarityHead
 from hllm.losses import default_chunk_size, softmax_loss
 
+
 def main() -> None:
     flags = parser(__doc__, rounds=5)
     flags.add_argument("--positions", type=int, default=1024)
@@ -62,7 +63,9 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     ways["ours, bfloat16 products, frozen"] = ours(torch.bfloat16, frozen=True)
     check(ways, users, items)
     seconds, megabytes = in_turns(ways, args)
-    table = Table(f"N={args.positions}, d={args.width}, {num_items:,} items", "positions", args.positions, seconds, megabytes)
+    table = Table(
+        f"N={args.positions}, d={args.width}, {num_items:,} items", "positions", args.positions, seconds, megabytes
+    )
     print(f"{table.title}\n\n{table.text()}\n", flush=True)
     return table
 

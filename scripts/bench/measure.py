@@ -62,7 +62,7 @@ class Table:
             if self.megabytes:
                 row.append(f"{self.megabytes[way]:,.0f}" if way in self.megabytes else "")
             lines.append([*row, *(column.get(way, "") for column in self.cells.values())])
-        return text_table([*header, *self.cells], lines)
+        return "\n\n".join([text_table([*header, *self.cells], lines), *([self.note] if self.note else [])])
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

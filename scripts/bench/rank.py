@@ -5,9 +5,9 @@
 
 All ways multiply the same float32 user and item vectors, a batch of users at a time, and leave out the same seen items.
 Ours counts (hllm.metrics.target_ranks); ``sort`` orders each user's catalogue and looks its target up, as evaluation
-code commonly does; ``topk 200`` makes the lists that HR@200 needs, and of other targets knows nothing; so does RecTools'
-ranker, which runs in an environment of its own, on a CPU, its turns one after the other. Of --users only --timed are
-ranked a turn; the ranks of both exact ways are compared before anything is timed.
+code commonly does; ``topk 200`` makes the lists that HR@200 needs, and of other targets knows nothing; so does
+RecTools' ranker, which runs in an environment of its own, on a CPU, its turns one after the other. Of --users only
+--timed are ranked a turn; the ranks of both exact ways are compared before anything is timed.
 """
 
 import argparse

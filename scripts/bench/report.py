@@ -1,6 +1,6 @@
 """docs/benchmarks.md from the records of the benchmarks.
 
-    python scripts/bench/report.py
+python scripts/bench/report.py
 """
 
 import sys

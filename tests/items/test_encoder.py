@@ -95,7 +95,9 @@ def test_shared_prefix_and_last_feed_forward_are_run_once_and_change_nothing(
     saving.backbone.model.layers[-1].mlp.act_fn.register_forward_hook(lambda *args: tokens.append(args[2].shape[-2]))
     torch.testing.assert_close(batched(saving), plain, atol=1e-5, rtol=1e-5)
     assert min(map(len, prefixes)) == 6, "Compress the following : title :"
-    assert sum(tokens) == len(texts) + sum(map(len, prefixes)), "the last feed-forward runs once a text, and for prefixes"
+    assert sum(tokens) == len(texts) + sum(map(len, prefixes)), (
+        "the last feed-forward runs once a text, and for prefixes"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import HSTUModel, SASRecModel
 from split import TRAIN, Epochs, Split, main_epochs
-
 
 WALL: list[float] = []
 CPU: list[float] = []

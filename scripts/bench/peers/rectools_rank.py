@@ -1,7 +1,7 @@
 """RecTools 0.19: seconds of its TorchRanker over some users and the whole catalogue, seen items left out.
 
-RECTOOLS_RANK.py VECTORS OUT. VECTORS has users (U, D), items (I, D), seen (U, S) item numbers from 0, and best, batch_size
-and turns, (). OUT gets wall and cpu seconds of each turn, the first of which warms up.
+RECTOOLS_RANK.py VECTORS OUT. VECTORS has users (U, D), items (I, D), seen (U, S) item numbers from 0, and best,
+batch_size and turns, (). OUT gets wall and cpu seconds of each turn, the first of which warms up.
 """
 
 import json
