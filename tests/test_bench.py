@@ -90,7 +90,7 @@ def test_the_script_writes_what_it_measured(
     monkeypatch.setattr(measure, "RECORDS", tmp_path)
     arguments = ["--data", "pixel8m", "--layers", "1", "--items", "50", "--rounds", "1", "--share", "0.1"]
     (table,) = joint.main([*arguments, "--device", "cpu", "--ways", "official", "ours", "--record"])
-    record, tables = measure.read_record(tmp_path / "joint-cpu.json")
+    record, tables, _ = measure.read_record(tmp_path / "joint-cpu.json")
     assert tables == [table]
     assert table.cells["items"]["official"] == str(2 * 11 + 18)
     assert table.cells["of a useful one"]["ours"] == "1.00"

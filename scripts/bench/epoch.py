@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=2 python scripts/bench/epoch.py --record        # installs the peers, as scripts/bench/peers.py does
 
 Each turn is a process of its own in the environment of its library: some epochs of training without validation, the
-first of which warms up. Rows of a table are compared by seconds per distinct transition, because an epoch is not the same
-everywhere: RecTools trains the newest L + 1 events of a user, ours all; torch-rechub has a row of every prefix of a
-history, and trains all positions of each, which repeats a transition up to L times. ``positions/s`` counts repeats too.
-RecTools' loss is its sampled softmax, 128 negatives for each position; torch-rechub's, which it calls NCE, is the full
-softmax. Of torch-rechub's epoch, and of no other, only --steps steps are timed.
+first of which warms up. Rows of a table are compared by seconds per distinct transition, because an epoch is not the
+same everywhere: RecTools trains the newest L + 1 events of a user, ours all; torch-rechub has a row of every prefix of
+a history, and trains all positions of each, which repeats a transition up to L times. ``positions/s`` counts repeats
+too. RecTools' loss is its sampled softmax, 128 negatives for each position; torch-rechub's, which it calls NCE, is the
+full softmax. Of torch-rechub's epoch, and of no other, only --steps steps are timed.
 """
 
 import argparse

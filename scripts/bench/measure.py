@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -63,6 +63,41 @@ class Table:
                 row.append(f"{self.megabytes[way]:,.0f}" if way in self.megabytes else "")
             lines.append([*row, *(column.get(way, "") for column in self.cells.values())])
         return "\n\n".join([text_table([*header, *self.cells], lines), *([self.note] if self.note else [])])
+
+
+@dataclass
+class Curve:
+    """What something costs as one size grows.
+
+    Args:
+        size: what grows.
+        seconds: way -> size -> the median of its turns; a way need not have all sizes.
+    """
+
+    title: str
+    size: str
+    seconds: dict[str, dict[int, float]]
+
+    def exponents(self) -> dict[str, float]:
+        """Way -> e of seconds ~ size^e over its last decade or more, by least squares; small sizes cost a constant."""
+        found = {}
+        for way, points in self.seconds.items():
+            largest = max(points)
+            last = [size for size in points if 10 * size >= largest]
+            x, y = (torch.tensor(values).log() for values in (list(map(float, last)), [points[size] for size in last]))
+            x, y = x - x.mean(), y - y.mean()
+            found[way] = float((x * y).sum() / (x * x).sum())
+        return found
+
+    def text(self) -> str:
+        """Markdown: a row a size, and the exponents."""
+        sizes = sorted({size for points in self.seconds.values() for size in points})
+        lines = [
+            [f"{size:,}", *(f"{points[size]:.3g}" if size in points else "" for points in self.seconds.values())]
+            for size in sizes
+        ]
+        lines.append(["exponent", *(f"{exponent:.2f}" for exponent in self.exponents().values())])
+        return text_table([self.size, *(f"{way}, s" for way in self.seconds)], lines)
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -144,7 +179,7 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     return made
 
 
-def finish(name: str, args: argparse.Namespace, tables: list[Table], **more: Any) -> None:
+def finish(name: str, args: argparse.Namespace, tables: list[Table], curves: Sequence[Curve] = (), **more: Any) -> None:
     """Write the record where it is asked for; the tables were printed as they came."""
     device = torch.device(args.device)
     if not args.record:
@@ -155,11 +190,16 @@ def finish(name: str, args: argparse.Namespace, tables: list[Table], **more: Any
         "date": date.today().isoformat(),
         "environment": environment() | {"cpu": cpu_name(), "device": device.type},
         "tables": [asdict(table) for table in tables],
+        "curves": [asdict(curve) for curve in curves],
         **more,
     }
     write_json(RECORDS / f"{name}-{device.type}.json", record)
 
 
-def read_record(path: Path) -> tuple[dict[str, Any], list[Table]]:
+def read_record(path: Path) -> tuple[dict[str, Any], list[Table], list[Curve]]:
     record = json.loads(path.read_text())
-    return record, [Table(**table) for table in record["tables"]]
+    curves = [Curve(**curve) for curve in record["curves"]]
+    for curve in curves:
+        named = curve.seconds.items()
+        curve.seconds = {way: {int(size): value for size, value in points.items()} for way, points in named}
+    return record, [Table(**table) for table in record["tables"]], curves

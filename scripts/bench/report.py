@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import RECORDS, read_record
+from measure import RECORDS, Curve, read_record
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 TITLES = {
     "embed": "Item embedding",
     "loss": "Exact softmax",
     "user": "User models",
+    "epoch": "Training epochs, beside the peers",
+    "joint": "Both language models trained together",
     "rank": "Ranking",
+    "data": "Batches of the loader",
     "startup": "Start-up",
+    "curves": "Cost curves",
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 ABOUT = """# Benchmarks
@@ -36,10 +40,31 @@ def main() -> None:
             if not path.is_file():
                 parts.append(f"{label}: not measured.")
                 continue
-            record, tables = read_record(path)
+            record, tables, curves = read_record(path)
             parts.append(about(record))
-            parts += [f"**{table.title}**\n\n{table.text()}" for table in tables]
+            parts += [f"**{part.title}**\n\n{part.text()}" for part in (*tables, *curves)]
+            if curves:
+                parts.append(f"![cost curves]({draw(curves, device).name})")
     PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def draw(curves: list[Curve], device: str) -> Path:
+    """All curves beside one another, logarithmic on both axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), layout="constrained", squeeze=False)
+    for axis, curve in zip(axes[0], curves, strict=True):
+        for (way, points), exponent in zip(curve.seconds.items(), curve.exponents().values(), strict=True):
+            axis.loglog(*zip(*sorted(points.items()), strict=True), marker="o", label=f"{way}: {exponent:.2f}")
+        axis.set(title=curve.title, xlabel=curve.size, ylabel="seconds")
+        axis.legend(title="exponent", fontsize="small")
+    path = PAGE.parent / f"bench_curves-{device}.png"
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
 
 
 def about(record: dict[str, Any]) -> str:
