@@ -18,6 +18,9 @@ from torchmetrics import Metric
 from hllm.config import EvaluationConfig
 from hllm.errors import DivergedError
 
+CACHED_SCORES = 2**19
+"What two MiB hold."
+
 
 def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks by counting, never by sorting.
@@ -39,7 +42,7 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor,
     column = targets - 1
     target_score = scores.gather(1, column[:, None])
     # a few rows at a time on a CPU, so that they are in a core's cache when they are read again
-    step = max(2**19 // scores.shape[1], 1) if scores.device.type == "cpu" else len(scores)
+    step = max(CACHED_SCORES // scores.shape[1], 1) if scores.device.type == "cpu" else len(scores)
     parts = list(zip(scores.split(step), target_score.split(step), strict=True))
     higher = torch.cat([_count(part > own) for part, own in parts])
     tied = torch.cat([_count(part == own) for part, own in parts])

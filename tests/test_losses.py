@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hllm.losses
 from hllm.config import BinaryLossConfig, CELossConfig, HeadConfig, NCELossConfig, ScoreDtype, Similarity, compose
 from hllm.head import SimilarityHead
 from hllm.losses import (
@@ -586,7 +587,9 @@ def test_bce_of_large_scores_is_finite() -> None:
     assert [gradient.item() for gradient in gradients(loss, positive, negative)] == pytest.approx([-0.5, 0.5])
 
 
-def test_products_in_bfloat16_give_nearly_the_same_gradients() -> None:
+@pytest.mark.parametrize("block", [7, 4096])
+def test_products_in_bfloat16_give_nearly_the_same_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hllm.losses, "ITEM_BLOCK", block)
     torch.manual_seed(0)
     users, items = torch.randn(40, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
     labels = torch.randint(90, (40,))
@@ -596,6 +599,36 @@ def test_products_in_bfloat16_give_nearly_the_same_gradients() -> None:
     )
     for one, other in zip(exact, rounded, strict=True):
         assert 0 < (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("items", [1, 30, 3_706, 12_101])
+def test_torchs_softmax_may_be_written_over_its_input(items: int, dtype: torch.dtype) -> None:
+    """The exact softmax does so on a CPU; torch does not promise it."""
+    scores = (5 * torch.randn(65, items, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = torch.softmax(scores, dim=1)
+    assert torch.equal(torch.softmax(scores, dim=1, out=scores), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_table_changes_neither_loss_nor_the_users_gradient(
+    vectors: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    users, items = vectors[0].clone().requires_grad_(), vectors[1]
+    labels, found = torch.arange(len(users)) % len(items), []
+    for table in (items.clone().requires_grad_(), items):
+        loss = softmax_loss(users, table, labels, HEAD, 4, dtype)
+        found.append((loss, torch.autograd.grad(loss, users)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_second_backward_pass_through_the_exact_softmax_is_refused(vectors: tuple[Tensor, Tensor]) -> None:
+    users = vectors[0].clone().requires_grad_()
+    loss = softmax_loss(users, vectors[1], torch.zeros(len(users)).long(), HEAD, 4)
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+import hllm.metrics
 from hllm.metrics import Coverage, RankingMetrics, group_labels, target_ranks
 
 KS, EDGES = [1, 3, 10], [1, 4]
@@ -62,7 +63,11 @@ def histories(seen: Tensor, users: int) -> list[set[int]]:
     return [set(seen[1, seen[0] == user].tolist()) for user in range(users)]
 
 
-def test_ranks_equal_sorting_with_ties_and_history(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("at_once", [1, 3 * 25, 2**19])
+def test_ranks_equal_sorting_with_ties_and_history(
+    case: tuple[Tensor, Tensor, Tensor, Tensor], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hllm.metrics, "CACHED_SCORES", at_once)
     scores, targets, seen, _ = case
     ranks, ties = target_ranks(scores, targets, seen)
     expected = [
