@@ -1,7 +1,7 @@
 """The data path: raw CSV to first batch at growing sizes, and batches a second beside torch-rechub's.
 
     python scripts/bench/data.py scale --rows 1e6 1e7 5e7 158488652 --folder /big/disk    # 158 M rows need 15 GB there
-    python scripts/bench/data.py batches                # pip install -e ".[bench]" brings torch-rechub
+    python scripts/bench/data.py batches --record       # pip install -e ".[bench]" brings torch-rechub
 
 scale: a generated file with the shape of Pixel8M (17.8 events a user and 389 an item on average, both heavy-tailed;
 rows in order of time, as a log is), read through ``dataset=custom`` as a person's own file would be. Each size runs
@@ -14,11 +14,11 @@ import argparse
 import json
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import Table, finish, in_turns, parser
 
 from hllm.build import build_datamodule
 from hllm.config import TrainRows, compose
@@ -40,8 +43,8 @@ LENGTH = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = flags.add_subparsers(dest="command", required=True)
     scale = commands.add_parser("scale")
     scale.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7])
     scale.add_argument(
@@ -50,17 +53,16 @@ def main() -> None:
     one = commands.add_parser("one", help="one size, in this process; what scale runs")
     one.add_argument("file", type=Path)
     one.add_argument("cache", type=Path)
-    batches = commands.add_parser("batches")
+    batches = commands.add_parser("batches", parents=[parser(None, rounds=5, add_help=False)])
     batches.add_argument("--sequences", type=int, default=100_000)
     batches.add_argument("--batch-size", type=int, default=512)
-    batches.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = flags.parse_args()
     if args.command == "scale":
         measure_scale([int(rows) for rows in args.rows], args.folder)
     elif args.command == "one":
         print(json.dumps(first_batch(args.file, args.cache)))
     else:
-        measure_batches(args.sequences, args.batch_size, args.rounds)
+        measure_batches(args)
 
 
 def generate(path: Path, rows: int) -> None:
@@ -128,39 +130,35 @@ def measure_scale(sizes: list[int], folder: Path) -> None:
     print(text_table(header, lines))
 
 
-def measure_batches(num_sequences: int, batch_size: int, rounds: int) -> None:
+def measure_batches(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    data = histories(num_sequences)
+    data = histories(args.sequences)
     rows = train_rows(data, data.offsets[1:], LENGTH, TrainRows.windows)
     dataset = SequenceDataset(data, rows)
-    sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), batch_size, drop_last=False)
+    sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), args.batch_size, drop_last=False)
     order = np.random.default_rng(0).permutation(len(rows))
-    places = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    sides: dict[str, Callable[[], Iterable[object]]] = {
-        "ours, gather alone": lambda: (dataset.__getitems__(place) for place in places),
-        "ours, DataLoader": lambda: torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=lambda batch: batch
-        ),
-    }
+    places = [order[begin : begin + args.batch_size] for begin in range(0, len(order), args.batch_size)]
+
+    def through(loader: Iterable[object]) -> Callable[[], None]:
+        def epoch() -> None:
+            for _ in loader:
+                pass
+
+        return epoch
+
+    ways = {}
     try:
-        sides[f"torch-rechub {version('torch-rechub')}"] = rechub(data, batch_size)
+        ways[f"torch-rechub {version('torch-rechub')}"] = through(rechub(data, args.batch_size))
     except PackageNotFoundError:
         print('torch-rechub is not installed (pip install -e ".[bench]"): ours alone')
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            for _ in side():
-                pass
-            found[name].append(len(rows) / (time.perf_counter() - started))
-    print(f"{hardware()}; {len(rows)} sequences of {LENGTH}, batches of {batch_size}, {rounds} rounds in turns")
-    medians = {name: statistics.median(speeds) for name, speeds in found.items()}
-    base = list(medians.values())[-1]
-    lines = [
-        [name, f"{medians[name]:,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}", f"{medians[name] / base:.1f}x"]
-        for name, speeds in found.items()
-    ]
-    print(text_table(["side", "sequences/s, median", "range", "ratio"], lines))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch)
+    ways["ours"] = through(loader)
+    ways["ours, without DataLoader"] = lambda: deque(map(dataset.__getitems__, places), maxlen=0)
+    seconds, megabytes = in_turns(ways, args)
+    title = f"{len(rows):,} sequences of {LENGTH}, batches of {args.batch_size}"
+    table = Table(title, "sequences", len(rows), seconds, megabytes)
+    print(f"{title}\n\n{table.text()}")
+    finish("data", args, [table])
 
 
 def histories(num_users: int) -> Interactions:
@@ -175,7 +173,7 @@ def histories(num_users: int) -> Interactions:
     )
 
 
-def rechub(data: Interactions, batch_size: int) -> Callable[[], Iterable[object]]:
+def rechub(data: Interactions, batch_size: int) -> Iterable[object]:
     """Their generator, on the arrays that their preprocessing leaves: one padded row a sequence."""
     from torch_rechub.utils.data import SequenceDataGenerator
 
@@ -184,7 +182,7 @@ def rechub(data: Interactions, batch_size: int) -> Callable[[], Iterable[object]
     positions = np.broadcast_to(np.arange(LENGTH), items[:, :-1].shape).copy()
     generator = SequenceDataGenerator(items[:, :-1].copy(), positions, items[:, -1], np.diff(times))
     (loader,) = generator.generate_dataloader(batch_size=batch_size, shuffle=True)
-    return lambda: loader
+    return loader  # type: ignore[no-any-return]
 
 
 def hardware() -> str:
