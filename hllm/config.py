@@ -575,6 +575,8 @@ class LLMConfig:
     "Longer item texts keep their first max_tokens tokens."
     token_budget: int | None = None
     "Tokens in one forward pass, padding included; unset suits the device."
+    save_work: bool = True
+    "A prefix that item texts share runs once a batch, the last feed-forward at the token that is read, where it can."
     shard_items: int = 256
     "Items in one file of the cache: what a killed run loses at most."
     dtype: Dtype = Dtype.auto

@@ -63,3 +63,14 @@ def test_every_test_that_the_fidelity_list_names_exists() -> None:
     assert len(named) > 50
     for path, name in named:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def test_every_fast_path_names_a_test_that_is_there() -> None:
+    file, named = "", 0
+    for path, name in re.findall(r"`(tests/[\w/.]+)?(?:::(\w+))?`", (ROOT / "docs" / "speed.md").read_text()):
+        file = path or file
+        assert (ROOT / file).exists(), file
+        if name:
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+            named += 1
+    assert named > 10

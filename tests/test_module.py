@@ -282,6 +282,17 @@ def test_mixed_precision_leaves_loss_and_scores_in_float32(
     assert loss.item() != loss.bfloat16().item()
 
 
+def test_scores_of_an_evaluation_are_written_over_the_last_batchs(run_config: Any, module: Recommender) -> None:
+    batches = list(build_datamodule(run_config("items=id", "dataset.batch_size=3")).test_dataloader())
+    assert len(batches[-1]) < len(batches[0])
+    with torch.inference_mode():
+        held = module._scored(batches[0])
+        for batch in batches:
+            scores = module._scored(batch)
+            assert torch.equal(scores, module.scores(batch))
+            assert scores.data_ptr() == held.data_ptr()
+
+
 def test_the_catalogue_is_prepared_once_an_evaluation(
     module: Recommender, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

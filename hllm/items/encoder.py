@@ -42,20 +42,16 @@ class Encoder:
 
     Args:
         backbone: the loaded model.
-        llm: pooling, max_tokens and token_budget.
+        llm: pooling, max_tokens, token_budget and save_work.
         texts: one a catalogue row.
         names: what to call each row in errors: the original item ids.
-        save_work: run the tokens that a batch's texts begin with once for all of them, and the last feed-forward only
-            at the token that is read, where the model can.
 
     Raises:
         ConfigError: llm.pooling or llm.max_tokens does not fit the model.
         LLMError: the tokenizer is not the model's.
     """
 
-    def __init__(
-        self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str], save_work: bool = True
-    ) -> None:
+    def __init__(self, backbone: Backbone, llm: LLMConfig, texts: Sequence[str], names: Sequence[str]) -> None:
         check_fit(backbone.name, backbone.model, backbone.tokenizer, llm)
         self.backbone, self.llm, self.names = backbone, llm, names
         self.item_token = _stored_item_token(backbone) if llm.pooling is Pooling.item else None
@@ -63,7 +59,7 @@ class Encoder:
         check_vocabulary(backbone.name, backbone.model, self.tokens)
         family = backbone.model.config.model_type
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
-        one_token = save_work and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
+        one_token = llm.save_work and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
         self.share_prefix = one_token and llm.positions is Positions.start
         self._last = backbone.last if one_token else None
 

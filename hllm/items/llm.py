@@ -45,7 +45,7 @@ class LLMItems(HoldsLLM, ItemTower):
     Args:
         model: a transformers body, float32, as ``load_trainable`` gives it.
         tokens: of each item's text; row r is item r + 1.
-        llm: pooling, positions, max_tokens and token_budget.
+        llm: pooling, positions, max_tokens, token_budget and save_work.
         dim: D; where it is not E, a linear map without bias comes behind the model.
 
     Raises:
@@ -77,10 +77,8 @@ class LLMItems(HoldsLLM, ItemTower):
         self.trained = is_trained(model) or (llm.pooling is Pooling.item and self.item_token.requires_grad)
         # causal models cannot see right padding, and without a mask they run on fused kernels
         self._causal = family in PREFIX_FAMILIES
-        spare = (
-            self._causal and llm.pooling in (Pooling.item, Pooling.last) and not config.tuning.gradient_checkpointing
-        )
-        self._last = LastFeedForward(model) if spare else None
+        one_token = self._causal and llm.pooling in (Pooling.item, Pooling.last) and llm.save_work
+        self._last = LastFeedForward(model) if one_token and not config.tuning.gradient_checkpointing else None
         self.train()  # Lightning leaves modes as it finds them
 
     def forward(self, ids: Tensor, show_progress: bool = False) -> Tensor:

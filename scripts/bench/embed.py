@@ -15,6 +15,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Table:
 
     def ours(save_work: bool) -> Callable[[], Tensor]:
         def turn() -> Tensor:
-            encoder = Encoder(backbone, config.llm, texts, texts, save_work)
+            encoder = Encoder(backbone, replace(config.llm, save_work=save_work), texts, texts)
             order = encoder.order()
             vectors = torch.empty(len(texts), backbone.dim)
             vectors[order] = encoder.encode(order).float()

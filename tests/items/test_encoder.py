@@ -86,7 +86,7 @@ def test_shared_prefix_and_last_feed_forward_are_run_once_and_change_nothing(
     tiny_llama: Path, llm_config: Config, movies: Catalog, text: TextConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = item_texts(movies, text)
-    plain = batched(encoder(tiny_llama, llm_config(tiny_llama), texts, save_work=False))
+    plain = batched(encoder(tiny_llama, llm_config(tiny_llama, save_work=False), texts))
     prefixes: list[list[int]] = []
     run = Encoder._run_prefix
     monkeypatch.setattr(Encoder, "_run_prefix", lambda *args: prefixes.append(args[1]) or run(*args))
