@@ -283,7 +283,7 @@ def test_mixed_precision_leaves_loss_and_scores_in_float32(
 
 
 def test_scores_of_an_evaluation_are_written_over_the_last_batchs(run_config: Any, module: Recommender) -> None:
-    batches = list(build_datamodule(run_config("items=id", "dataset.batch_size=3")).test_dataloader())
+    batches = list(build_datamodule(run_config("items=id", "dataset.eval_batch_size=9")).test_dataloader())
     assert len(batches[-1]) < len(batches[0])
     with torch.inference_mode():
         held = module._scored(batches[0])
