@@ -187,6 +187,14 @@ class Norm(Enum):
     query = "query"
 
 
+class AttentionPath(Enum):
+    """How attention is computed; all ways give the same."""
+
+    auto = "auto"
+    kernel = "kernel"
+    plain = "plain"
+
+
 class Activation(Enum):
     """Between the two matrices of a feed-forward layer; swiglu is silu(a) * b of a first matrix twice as wide."""
 
@@ -786,11 +794,13 @@ class TransformerConfig(UserConfig):
     dropout: float = 0.2
     "On inputs and before each residual."
     attention_dropout: float = 0.0
-    "On attention weights; above 0 it takes CPU attention off its fused kernel."
+    "On attention weights."
     time_buckets: TimeBuckets = TimeBuckets.none
     time_reference: TimeReference = TimeReference.previous
     num_time_buckets: int = 2048
     relative_position_bias: bool = False
+    attention: AttentionPath = AttentionPath.auto
+    "kernel: torch's fused one; plain: its products written out; auto: whichever is faster here."
 
     def __post_init__(self) -> None:
         self.check_times(reads_times=False)

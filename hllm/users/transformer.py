@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.config import Activation, Norm, TimeBuckets, TransformerConfig
+from hllm.users.attention import causal_attention
 from hllm.users.position import RelativePositionBias, TimeEmbedding, place_vectors
 
 
@@ -52,7 +53,7 @@ class Block(nn.Module):
         super().__init__()
         dim, inner = config.dim, config.ffn_dim or 4 * config.dim
         self.num_heads, self.dropout, self.norm = config.num_heads, config.dropout, config.norm
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout, self.path = config.attention_dropout, config.attention
         self.attention_norm = nn.LayerNorm(dim, config.norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -91,9 +92,7 @@ class Block(nn.Module):
             own, others = F.linear(queries, weights[:dim], biases[:dim]), F.linear(keys, weights[dim:], biases[dim:])
             qkv = torch.cat([own, others], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        attended = causal_attention(q, k, v, bias, self.attention_dropout if self.training else 0.0, self.path)
         return attended.transpose(1, 2).flatten(2)  # (B, L, D)
 
 
