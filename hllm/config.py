@@ -730,13 +730,14 @@ class UserConfig:
     "Add to each item vector the time since the event before, in logarithmic buckets of seconds."
     target_time: bool = False
     "The time of the event to be predicted is known, as HSTU has it: all parts of the model that read times read it."
-    length_groups: int = 1
-    "Parts, by length, in which the model reads a batch, each padded to its own longest row; results do not depend."
+    length_groups: int | None = None
+    "Parts by length in which the model reads a batch, each padded to its own longest row. Unset: on a CPU as it pays."
 
     def check_times(self, reads_times: bool) -> None:
         """Raises ConfigError; ``reads_times`` tells whether the model has further inputs that are times."""
         _at_least("user.time_feature_dim", self.time_feature_dim, 1)
-        _at_least("user.length_groups", self.length_groups, 1)
+        if self.length_groups is not None:
+            _at_least("user.length_groups", self.length_groups, 1)
         _require(
             not self.target_time or self.time_features or self.time_gaps or reads_times,
             "user.target_time",
@@ -1146,7 +1147,7 @@ class Config:
                 "dataset.train_rows=prefixes, where only the last position is trained",
             )
         _require(
-            self.user.length_groups == 1 or self.trainer.strategy in (Strategy.auto, Strategy.ddp),
+            self.user.length_groups in (None, 1) or self.trainer.strategy in (Strategy.auto, Strategy.ddp),
             "user.length_groups",
             self.user.length_groups,
             f"trainer.strategy={self.trainer.strategy.name} wants as many passes in each process: set 1",

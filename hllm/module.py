@@ -32,6 +32,7 @@ from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import Coverage, RankingMetrics, target_ranks
 from hllm.tuning import is_trained
+from hllm.users.groups import length_groups
 from hllm.users.neighbours import NeighbourHistory
 from hllm.users.time import EventTimes
 
@@ -131,18 +132,20 @@ class Recommender(L.LightningModule):
         target_times = batch.target_times if self.target_time else None
         if self.times is not None:
             x = x + self.times(batch.timestamps, target_times)
-        if self.length_groups == 1:
+        # by itself only where that makes neither a device wait nor, of a sharded model, another process
+        automatic = x.device.type == "cpu" and self.device_mesh is None
+        lengths, count = batch.mask.sum(1), self.length_groups or (None if automatic else 1)
+        groups = length_groups(lengths, x.shape[1], count)
+        if len(groups) == 1:
             whole: Tensor = self.users(x, batch.mask, batch.timestamps, target_times)
             return whole
-        lengths = batch.mask.sum(1)
-        order = lengths.argsort()
         parts = []
-        for rows in order.tensor_split(min(self.length_groups, len(order))):
+        for rows in groups:
             columns = slice(int(lengths[rows[-1]]))
             times = None if target_times is None else target_times[rows, columns]
             part = self.users(x[rows, columns], batch.mask[rows, columns], batch.timestamps[rows, columns], times)
             parts.append(F.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])))
-        return torch.cat(parts)[order.argsort()]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         supervised = batch.targets > 0

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hllm.users.groups
 from hllm.build import build_datamodule, build_module
 from hllm.config import Config
 from hllm.data.schema import Batch
 from hllm.module import Recommender
+from hllm.users.groups import length_groups
 
 LENGTH = 6
 LATER = 10_000_000
@@ -201,9 +203,12 @@ def test_an_appended_event_changes_no_earlier_output(
 def test_reading_by_length_groups_changes_nothing(
     name: str, module: Callable[..., Recommender], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = module(name)
+    model = module(name, "user.length_groups=1")
     whole = encode(model, batch)[batch.mask]
-    for groups in (2, 3, 4):
+    monkeypatch.setattr(hllm.users.groups, "GAIN", 0.0)
+    monkeypatch.setattr(hllm.users.groups, "PART_COSTS", 1)
+    assert len(length_groups(batch.mask.sum(1), batch.mask.shape[1], None)) > 1
+    for groups in (2, 3, 4, None):
         monkeypatch.setattr(model, "length_groups", groups)
         assert_same(encode(model, batch)[batch.mask], whole)
 
