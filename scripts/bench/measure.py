@@ -194,7 +194,7 @@ def finish(name: str, args: argparse.Namespace, tables: list[Table], curves: Seq
         return
     RECORDS.mkdir(exist_ok=True)
     record = {
-        "command": " ".join(["python", f"scripts/bench/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"scripts/bench/{name}.py", *map(without_folders, sys.argv[1:])]),
         "date": date.today().isoformat(),
         "environment": environment() | {"cpu": cpu_name(), "device": device.type},
         "tables": [asdict(table) for table in tables],
