@@ -187,6 +187,11 @@ def parser(description: str | None, rounds: int, **options: Any) -> argparse.Arg
     return made
 
 
+def without_folders(argument: str) -> str:
+    """A command's argument, but of a folder of this machine only that it is one."""
+    return "FOLDER" if argument.startswith("/") else argument
+
+
 def finish(name: str, args: argparse.Namespace, tables: list[Table], curves: Sequence[Curve] = (), **more: Any) -> None:
     """Write the record where it is asked for; the tables were printed as they came."""
     device = torch.device(args.device)
