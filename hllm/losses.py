@@ -178,6 +178,7 @@ def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:
 
 
 ITEM_BLOCK = 4096
+"Items whose gradients are added at a time."
 
 
 def _rounded_cross_entropy(

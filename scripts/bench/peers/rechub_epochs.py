@@ -11,9 +11,8 @@ import time
 
 import numpy as np
 import torch
-from rechub_models import loader, rows_of, train_pairs
+from rechub_models import loader, model_of, rows_of, train_pairs
 from split import TRAIN, Epochs, Split, main_epochs
-from torch_rechub.models.generative.hllm import HLLMModel
 from torch_rechub.trainers import SeqTrainer
 
 
@@ -25,17 +24,9 @@ def prefixes(split: Split) -> list[tuple[np.ndarray, int]]:
 
 def epochs(split: Split, windows: bool) -> Epochs:
     dials = split.settings
-    vectors, length, batch_size = torch.from_numpy(split.vectors()), dials["max_history"], dials["batch_size"]
+    length, batch_size = dials["max_history"], dials["batch_size"]
     torch.manual_seed(0)
-    model = HLLMModel(
-        vectors,
-        vocab_size=len(vectors),
-        d_model=vectors.shape[1],
-        n_heads=dials["num_heads"],
-        n_layers=dials["num_layers"],
-        max_seq_len=length,
-        dropout=dials["dropout"],
-    )
+    model = model_of(split, torch.from_numpy(split.vectors()))
     trainer = SeqTrainer(model, optimizer_params={"lr": dials["lr"], "weight_decay": 1e-5}, n_epoch=1)
     rows = train_pairs(split, length) if windows else prefixes(split)
     drawn = np.random.default_rng(0).permutation(len(rows))[: dials["steps"] * batch_size]

@@ -54,21 +54,27 @@ def leading_components(vectors: np.ndarray, dim: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, dim), np.float32), centred @ directions[:dim].T])
 
 
+def model_of(split: Split, vectors: torch.Tensor) -> HLLMModel:
+    """As wide as the (I + 1, E) vectors."""
+    dials = split.settings
+    return HLLMModel(
+        vectors,
+        vocab_size=len(vectors),
+        d_model=vectors.shape[1],
+        n_heads=dials["num_heads"],
+        n_layers=dials["num_layers"],
+        max_seq_len=dials["max_history"],
+        dropout=dials["dropout"],
+    )
+
+
 def hllm(split: Split, seed: int, out: Path, reduced: bool = False) -> Outcome:
     """As wide as the vectors, as it must be, or on as many of their principal components as the others are wide."""
     dials = split.settings
     vectors = torch.from_numpy(leading_components(split.vectors(), dials["dim"]) if reduced else split.vectors())
     torch.manual_seed(seed)
     length = dials["max_history"]
-    model = HLLMModel(
-        vectors,
-        vocab_size=len(vectors),
-        d_model=vectors.shape[1],
-        n_heads=dials["num_heads"],
-        n_layers=dials["num_layers"],
-        max_seq_len=length,
-        dropout=dials["dropout"],
-    )
+    model = model_of(split, vectors)
     trainer = SeqTrainer(
         model,
         optimizer_params={"lr": dials["lr"], "weight_decay": 1e-5},

@@ -7,12 +7,10 @@ import time
 import warnings
 
 import numpy as np
-import pandas as pd
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from rectools import Columns
-from rectools.dataset import Dataset
 from rectools.models import HSTUModel, SASRecModel
+from rectools_models import dataset_of, dials_of
 from split import TRAIN, Epochs, Split, main_epochs
 
 WALL: list[float] = []
@@ -32,22 +30,8 @@ class Clock(Callback):
 
 def epochs(kind: type, split: Split) -> Epochs:
     dials, train = split.settings, split.part == TRAIN
-    frame = pd.DataFrame(
-        {
-            Columns.User: split.users[train],
-            Columns.Item: split.items[train],
-            Columns.Weight: 1.0,
-            Columns.Datetime: pd.to_datetime(split.times[train], unit="s"),
-        }
-    )
     model = kind(
-        n_blocks=dials["num_layers"],
-        n_heads=dials["num_heads"],
-        n_factors=dials["dim"],
-        dropout_rate=dials["dropout"],
-        session_max_len=dials["max_history"],
-        batch_size=dials["batch_size"],
-        lr=dials["lr"],
+        **dials_of(split),
         loss=dials["loss"],
         n_negatives=dials["num_negatives"],
         get_trainer_func=lambda: pl.Trainer(
@@ -60,7 +44,7 @@ def epochs(kind: type, split: Split) -> Epochs:
             enable_checkpointing=False,
         ),
     )
-    model.fit(Dataset.construct(frame))
+    model.fit(dataset_of(split, train))
     # it trains the newest L + 1 events of a user
     trained = np.minimum(np.unique(split.users[train], return_counts=True)[1] - 1, dials["max_history"]).sum()
     return Epochs(WALL, CPU, int(trained), int(trained))

@@ -31,27 +31,40 @@ def make_trainer(folder: str, epochs: int, patience: int) -> pl.Trainer:
     )
 
 
+def dataset_of(split: Split, events: np.ndarray | slice = slice(None)) -> Dataset:
+    """Of some of the split's events."""
+    frame = pd.DataFrame(
+        {
+            Columns.User: split.users[events],
+            Columns.Item: split.items[events],
+            Columns.Weight: 1.0,
+            Columns.Datetime: pd.to_datetime(split.times[events], unit="s"),
+        }
+    )
+    return Dataset.construct(frame)
+
+
+def dials_of(split: Split) -> dict[str, object]:
+    """What all peers share, by this library's names."""
+    dials = split.settings
+    return {
+        "n_blocks": dials["num_layers"],
+        "n_heads": dials["num_heads"],
+        "n_factors": dials["dim"],
+        "dropout_rate": dials["dropout"],
+        "session_max_len": dials["max_history"],
+        "batch_size": dials["batch_size"],
+        "lr": dials["lr"],
+    }
+
+
 def sequential(kind: type, options: dict[str, object], split: Split, seed: int, out: Path) -> Outcome:
     """SASRec or HSTU; HSTU with time attention is told when the target happens, as its time bias needs."""
     dials = split.settings
     pl.seed_everything(seed)
-    frame = pd.DataFrame(
-        {
-            Columns.User: split.users,
-            Columns.Item: split.items,
-            Columns.Weight: 1.0,
-            Columns.Datetime: pd.to_datetime(split.times, unit="s"),
-        }
-    )
-    dataset = Dataset.construct(frame)
+    dataset = dataset_of(split)
     model = kind(
-        n_blocks=dials["num_layers"],
-        n_heads=dials["num_heads"],
-        n_factors=dials["dim"],
-        dropout_rate=dials["dropout"],
-        session_max_len=dials["max_history"],
-        batch_size=dials["batch_size"],
-        lr=dials["lr"],
+        **dials_of(split),
         loss="softmax",
         get_val_mask_func=leave_one_out_mask,
         get_trainer_func=make_trainer,
