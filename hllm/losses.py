@@ -359,7 +359,7 @@ def _mask(
 
 
 class _OwnScores(torch.autograd.Function):
-    """(N, K) scores of each position's user with items of its own: (N, D), (M, D), (N, K) rows of the items; float32.
+    """(N, K) scores of each position's user with items of its own: (N, D), (M, D) in float32, (N, K) rows of the items.
 
     A position's gradient is a sum of K weighted items and an item's a sum of weighted users: bags of embeddings, for
     which torch has kernels. The (N, K, D) vectors are gathered for scores alone, while they stay in a core's cache.
@@ -398,8 +398,8 @@ OWN_DRAWS = 2**19
 
 
 def _bags_by_item(users: Tensor, rows: Tensor, weights: Tensor, num_items: int) -> Tensor:
-    """(I, D) for each item the sum of the (C, D) users that drew it, (C, K) rows, by (C, K) weights."""
-    order = rows.flatten().int().sort()[1]  # of 32 bits: a third of the time
+    """(I, D) for each item the sum of the (C, D) users that drew it, (C, K) rows of 32 bits, by (C, K) weights."""
+    order = rows.flatten().sort()[1]
     counts = torch.bincount(rows.flatten(), minlength=num_items)
     return F.embedding_bag(
         order // rows.shape[1],
@@ -425,17 +425,21 @@ def own_scores(
         excluded: (N, I) bool, items that are no negatives of a position; drawn ones are left out, not drawn again.
 
     Returns:
-        (N,) and (N, num_negatives) in float32, -inf for what is left out.
+        (N,) and (N, num_negatives) in float32, ``LEFT_OUT`` for what is left out.
     """
-    labels, shape = (targets - 1)[:, None], (len(targets), num_negatives)
-    rows = torch.randint(len(items) - 1, shape, device=users.device)
+    labels, shape = (targets - 1).int()[:, None], (len(targets), num_negatives)
+    rows = torch.randint(len(items) - 1, shape, device=users.device, dtype=torch.int32)
     rows += rows >= labels  # the others' rows, without a gap at the target's
     with torch.autocast(users.device.type, enabled=False):
         scaled = (head.prepare(users.to(head.score_dtype)) * head.scale().to(head.score_dtype)).float()
         table = head.table(items).float()
         positive = (scaled * F.embedding(labels[:, 0], table)).sum(1)
         negative: Tensor = _OwnScores.apply(scaled, table, rows)  # type: ignore[no-untyped-call]
-    return positive, negative if excluded is None else negative.masked_fill(excluded.gather(1, rows), float("-inf"))
+    return positive, negative if excluded is None else negative.masked_fill(excluded.gather(1, rows.long()), LEFT_OUT)
+
+
+LEFT_OUT = torch.finfo(torch.float32).min
+"Of finite size, so that a softmax over nothing else has a gradient: 0."
 
 
 def own_nce_loss(positive: Tensor, negative: Tensor, log_weight: float = 0.0) -> Tensor:
@@ -445,8 +449,8 @@ def own_nce_loss(positive: Tensor, negative: Tensor, log_weight: float = 0.0) ->
         log_weight: added to each negative's score. The logarithm of (I - 1) / K makes the denominator an unbiased
             estimate of the full softmax's, as ``info_nce_loss`` says.
     """
-    scores = torch.cat([positive[:, None], negative + log_weight], dim=1)
-    return (scores.logsumexp(1) - positive).sum() / max(len(positive), 1)
+    # log(exp(s+) + exp(n)) - s+, n all negatives' part: the (N, K) scores are neither copied nor added to
+    return F.softplus(negative.logsumexp(1) + log_weight - positive).sum() / max(len(positive), 1)
 
 
 def binary_loss(positive: Tensor, negative: Tensor, beta: float = 1.0) -> Tensor:
@@ -456,7 +460,7 @@ def binary_loss(positive: Tensor, negative: Tensor, beta: float = 1.0) -> Tensor
     it is BCE; with K = 1 too, half the loss of SASRec (Kang and McAuley, ICDM 2018, arXiv 1808.09781).
 
     Args:
-        positive: (N,) scores. negative: (N, K), -inf for what is left out, which then adds nothing.
+        positive: (N,) scores. negative: (N, K), ``LEFT_OUT`` for what is left out, which then adds nothing.
     """
     summed = beta * F.softplus(-positive).sum() + F.softplus(negative).sum()
     return summed / ((negative.shape[1] + 1) * max(len(positive), 1))
@@ -468,9 +472,11 @@ def calibration_beta(num_items: int, num_negatives: int, calibration: float) -> 
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 
-def _count(negative: Tensor) -> Tensor:
+def _count(negative: Tensor, excluded: Tensor | None) -> Tensor:
     """() negatives of a position on average."""
-    return (negative > float("-inf")).sum().float() / max(len(negative), 1)
+    if excluded is None:  # a pass over (N, K) less
+        return negative.new_tensor(negative.shape[1] if len(negative) else 0)
+    return (negative > LEFT_OUT).sum().float() / max(len(negative), 1)
 
 
 class CrossEntropyLoss(Loss):
@@ -570,7 +576,7 @@ class NCELoss(Loss):
             return info_nce_loss(users, items, candidates, targets, head, excluded, config.similarity_threshold)
         positive, negative = own_scores(users, items, targets, config.num_negatives, head, excluded)
         log_weight = math.log((len(items) - 1) / config.num_negatives) if config.logq else 0.0
-        return own_nce_loss(positive, negative, log_weight).to(head.score_dtype), _count(negative)
+        return own_nce_loss(positive, negative, log_weight).to(head.score_dtype), _count(negative, excluded)
 
 
 class BinaryLoss(Loss):
@@ -598,7 +604,7 @@ class BinaryLoss(Loss):
     ) -> tuple[Tensor, Tensor]:
         positive, negative = own_scores(users, items, targets, self.config.num_negatives, head, excluded)
         beta = calibration_beta(len(items), self.config.num_negatives, self.config.calibration)
-        return binary_loss(positive, negative, beta), _count(negative)
+        return binary_loss(positive, negative, beta), _count(negative, excluded)
 
 
 def _to_draw_from(num_items: int, num_negatives: int, device: torch.device) -> Candidates:
