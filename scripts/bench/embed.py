@@ -82,7 +82,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Table:
         ways["sentence-transformers"] = sentence_transformers(backbone, texts, folder)
     ways |= {"ours, prefix not shared, all of the last layer": ours(False), "ours": ours(True)}
     first = ways["one by one"]()
-    distances = {way: f"{(1 - F.cosine_similarity(turn(), first)).max():.5f}" for way, turn in ways.items()}
+    furthest = {way: (1 - F.cosine_similarity(turn(), first)).max().item() for way, turn in ways.items()}
+    assert max(furthest.values()) < 0.01, f"not the same vectors: {furthest}"
+    distances = {way: f"{distance:.5f}" for way, distance in furthest.items()}
     seconds, megabytes = in_turns(ways, args)
     tokens = sum(len(ids) for ids in Encoder(backbone, config.llm, texts, texts).tokens)
     title = f"{backbone.name}, {len(texts)} texts of {tokens / len(texts):.1f} tokens, {str(backbone.dtype)[6:]}"
@@ -120,6 +122,7 @@ def sentence_transformers(backbone: Backbone, texts: list[str], folder: Path) ->
 
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # else each text is wrapped as a conversation
     body = Transformer(str(folder), model_kwargs={"dtype": backbone.dtype})
     model = SentenceTransformer(modules=[body, Pooling(backbone.dim, "lasttoken")], device=str(backbone.device))
     return lambda: model.encode(texts, batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False).float().cpu()
