@@ -583,6 +583,8 @@ class LLMConfig:
     "Longer item texts keep their first max_tokens tokens."
     token_budget: int | None = None
     "Tokens in one forward pass, padding included; unset suits the device."
+    packing: Packing = Packing.auto
+    "Item texts end to end, or in padded batches; auto packs on GPUs in 16-bit arithmetic."
     save_work: bool = True
     "A prefix that item texts share runs once a batch, the last feed-forward at the token that is read, where it can."
     shard_items: int = 256
@@ -672,8 +674,6 @@ class LLMItemsConfig(ItemsConfig):
     """The Item LLM itself, trained with everything else (HLLM, arXiv 2409.12740)."""
 
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    packing: Packing = Packing.auto
-    "auto: packed on GPUs in 16-bit arithmetic, padded elsewhere."
     grad_cache: bool = False
     "Encode a step's items twice, so that one pack's activations are held at a time (GradCache, arXiv 2101.06983)."
 

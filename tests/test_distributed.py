@@ -180,7 +180,7 @@ CASES = {
         *(*OFFICIAL, "items.grad_cache=true"),
         *("items.tuning.gradient_checkpointing=true", "user.tuning.gradient_checkpointing=true"),
     ],
-    "packed": [*OFFICIAL, "items.packing=packed", "items.tuning.gradient_checkpointing=true"],
+    "packed": [*OFFICIAL, "llm.packing=packed", "items.tuning.gradient_checkpointing=true"],
     "frozen_prefix": [*OFFICIAL, "items.tuning.freeze=[embed_tokens,layers.0.]", "user.tuning.freeze=[layers.0.]"],
     "lora": [*OFFICIAL, "items.tuning.lora.rank=2", "user.tuning.lora.rank=2"],
     "id_items": ["items=id", "loss=nce", "user.dropout=0", "items.dropout=0", "trainer.max_epochs=1"],

@@ -14,7 +14,7 @@ from hllm.evaluate import main
 FULL = ("items=llm", "user=llm", "loss=nce_official", "head=cosine_learned", "loss.num_negatives=20")
 RUNS = {
     "full": FULL,
-    "full-packed-cache": (*FULL, "items.packing=packed", "items.grad_cache=true", "user.tuning.lora.rank=2"),
+    "full-packed-cache": (*FULL, "llm.packing=packed", "items.grad_cache=true", "user.tuning.lora.rank=2"),
     "full-bf16": (*FULL, "trainer.precision=bf16-true"),
     "full-mixed": (*FULL, "trainer.precision=bf16-mixed", "llm.pooling=mean"),
     "bert-and-transformer": ("items=llm", "user=transformer", "user.dim=16", "user.num_heads=2", "loss=nce"),

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hllm.config import LLMConfig, Pooling, Positions
+from hllm.config import LLMConfig, Packing, Pooling, Positions
 from hllm.errors import ConfigError, LLMError
 from hllm.items.backbone import Backbone
 from hllm.items.files import ITEM_TOKEN, read_item_token
+from hllm.items.last import LastFeedForward
+from hllm.items.varlen import FAMILIES, can_pack, packed_hidden
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 "Causal decoders: keys and values can be shared, the last feed-forward left out; all others take the plain path."
 MIN_PREFIX = 4
 "Shorter prefixes are not worth a forward pass of their own."
+PREFIX_SHARE = 0.1
+"Of a batch's tokens: what a prefix has to save before the batch is padded for it where it could be packed."
 CHUNK = 500
 "Texts in the tokenizer at a time: while it holds them, a token is two hundred bytes."
 DEVICE_BUDGET = {"cpu": 1024, "cuda": 16384}
@@ -42,12 +46,12 @@ class Encoder:
 
     Args:
         backbone: the loaded model.
-        llm: pooling, max_tokens, token_budget and save_work.
+        llm: pooling, max_tokens, token_budget, packing and save_work.
         texts: one a catalogue row.
         names: what to call each row in errors: the original item ids.
 
     Raises:
-        ConfigError: llm.pooling or llm.max_tokens does not fit the model.
+        ConfigError: llm.pooling, llm.max_tokens or llm.packing does not fit the model.
         LLMError: the tokenizer is not the model's.
     """
 
@@ -61,6 +65,7 @@ class Encoder:
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
         one_token = llm.save_work and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
         self.share_prefix = one_token and llm.positions is Positions.start
+        self.packs = packs(backbone.model, llm, backbone.device, backbone.dtype)
         self._last = backbone.last if one_token else None
 
     def order(self) -> list[int]:
@@ -83,7 +88,7 @@ class Encoder:
         """
         vectors = []
         for batch in self._batches(rows):
-            vectors.append(self._forward([self.tokens[row] for row in batch]).cpu())
+            vectors.append(self._forward(batch).cpu())
             self._check_finite(vectors[-1], batch)
             advance(len(batch))
         return torch.cat(vectors)
@@ -99,8 +104,14 @@ class Encoder:
         return batches
 
     @torch.inference_mode()
-    def _forward(self, batch: list[list[int]]) -> Tensor:
+    def _forward(self, rows: list[int]) -> Tensor:
+        batch = [self.tokens[row] for row in rows]
         prefix = shared_prefix(batch) if self.share_prefix else []
+        saved = len(prefix) * len(batch) / sum(map(len, batch))
+        if self.packs and (self.llm.packing is Packing.packed or saved < PREFIX_SHARE):
+            flat, lengths = self.tokens.packed(np.array(rows), int(self.item_token is not None))
+            embeds = self.backbone.model.get_input_embeddings()(flat.to(self.backbone.device))  # (T, E)
+            return packed_vectors(self.backbone.model, embeds, lengths, self.llm, self.item_token, self._last)
         ids, mask = pad([tokens[len(prefix) :] for tokens in batch], self.backbone.device)  # (B, T - P)
         if self.item_token is not None:
             ids, mask = F.pad(ids, (0, 1)), F.pad(mask, (1, 0), value=1)
@@ -286,6 +297,49 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return ((hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
 
 
+def packs(model: Any, llm: LLMConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether item texts go through a model end to end, by ``llm.packing``."""
+    if llm.packing is not Packing.auto:
+        return llm.packing is Packing.packed
+    return can_pack(model, device, dtype)
+
+
+def packed_vectors(
+    model: Any,
+    embeds: Tensor,
+    lengths: Tensor,
+    llm: LLMConfig,
+    item_token: Tensor | None,
+    last: LastFeedForward | None,
+) -> Tensor:
+    """What ``model_inputs`` and ``pool`` make of padded texts, of texts end to end.
+
+    Args:
+        embeds: (T, E) token embeddings. lengths: (b,) tokens of each text, on the CPU.
+        item_token: (E,) takes the last place of each text.
+        last: the last layer's feed-forward, to be run at those places alone; or None.
+
+    Returns:
+        (b, D).
+    """
+    device, ends = embeds.device, lengths.cumsum(0)
+    starts = ends - lengths
+    positions = torch.arange(len(embeds)) - starts.repeat_interleave(lengths)
+    if llm.positions is Positions.end:
+        positions += (llm.max_tokens + (item_token is not None) - lengths).repeat_interleave(lengths)
+    places = (ends - 1).to(device)
+    if item_token is not None:
+        embeds = embeds.index_put((places,), item_token.to(embeds.dtype))
+    with contextlib.nullcontext() if last is None else last.only(torch.zeros_like(places), places):
+        hidden = packed_hidden(model, embeds, lengths, positions.to(device))  # (T, D)
+    if llm.pooling is Pooling.mean:
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        summed = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+        summed = summed.index_add(0, owner, hidden.float())
+        return (summed / lengths.to(device)[:, None]).to(hidden.dtype)
+    return hidden[starts.to(device) if llm.pooling is Pooling.cls else places]
+
+
 def shared_prefix(batch: list[list[int]]) -> list[int]:
     """The tokens that all texts begin with, leaving each at least one of its own; [] where it is not worth while."""
     if len(batch) < 2:
@@ -297,7 +351,11 @@ def shared_prefix(batch: list[list[int]]) -> list[int]:
 
 
 def check_fit(name: str, model: Any, tokenizer: Any, llm: LLMConfig) -> None:
-    """Raises ConfigError where llm.pooling or llm.max_tokens does not fit the model called ``name``."""
+    """Raises ConfigError where llm.pooling, max_tokens or packing does not fit the model called ``name``."""
+    if llm.packing is Packing.packed and (family := model.config.model_type) not in FAMILIES:
+        raise ConfigError(
+            f"llm.packing=packed: {name} is {family}, not of {', '.join(sorted(FAMILIES))}; choose auto or padded"
+        )
     if llm.pooling is Pooling.cls and tokenizer.cls_token_id is None:
         raise ConfigError(f"llm.pooling=cls: the tokenizer of {name} has no [CLS] token; choose last or mean")
     # what a tokenizer does not know it gives as a huge number

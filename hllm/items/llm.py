@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from hllm.config import LLMConfig, LLMItemsConfig, Packing, Pooling, Positions
+from hllm.config import LLMConfig, LLMItemsConfig, Pooling
 from hllm.data.schema import Array64
 from hllm.distributed import gather_vectors, rank, world_size
-from hllm.errors import ConfigError
 from hllm.items.backbone import HoldsLLM
-from hllm.items.encoder import PREFIX_FAMILIES, Tokens, embedded_inputs, pool
+from hllm.items.encoder import PREFIX_FAMILIES, Tokens, embedded_inputs, packed_vectors, packs, pool
 from hllm.items.last import LastFeedForward
 from hllm.items.tokens import tokens_digest
 from hllm.items.tower import ItemTower
-from hllm.items.varlen import FAMILIES, can_pack, packed_hidden
 from hllm.tuning import is_trained, tune
 
 BUDGET = {"cpu": 2048, "cuda": 65536}
@@ -45,11 +43,11 @@ class LLMItems(HoldsLLM, ItemTower):
     Args:
         model: a transformers body, float32, as ``load_trainable`` gives it.
         tokens: of each item's text; row r is item r + 1.
-        llm: pooling, positions, max_tokens, token_budget and save_work.
+        llm: pooling, positions, max_tokens, token_budget, packing and save_work.
         dim: D; where it is not E, a linear map without bias comes behind the model.
 
     Raises:
-        ConfigError: config.packing or config.tuning does not fit the model, or peft is not installed.
+        ConfigError: config.tuning does not fit the model, or peft is not installed.
     """
 
     collective = True
@@ -58,10 +56,6 @@ class LLMItems(HoldsLLM, ItemTower):
         super().__init__()
         self.model, self.tokens, self.llm, self.config = model, tokens, llm, config
         family = model.config.model_type
-        if config.packing is Packing.packed and family not in FAMILIES:
-            raise ConfigError(
-                f"items.packing=packed: {family} is not of {', '.join(sorted(FAMILIES))}; choose auto or padded"
-            )
         self.num_items, width = len(tokens), int(model.config.hidden_size)
         self._counts = 0, 0
         made_from = f"{tokens_digest(tokens)} {llm.pooling.value} {llm.positions.value} {llm.max_tokens}"
@@ -146,44 +140,22 @@ class LLMItems(HoldsLLM, ItemTower):
             return encode(rows, words)
 
     def _packs(self, device: torch.device) -> bool:
-        if self.config.packing is not Packing.auto:
-            return self.config.packing is Packing.packed
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
-        return can_pack(self.model, device, dtype)
+        return packs(self.model, self.llm, device, dtype)
 
     def _padded(self, rows: Array64, words: "Words") -> Tensor:
         device = words.vectors.device
         ids, mask = self.tokens.padded(rows, self._extra)  # (b, T)
         mask = mask.to(device)
         inputs = embedded_inputs(words.embed(ids), mask, self.llm, self._item_token)
-        with self._read_at(torch.arange(len(rows), device=device), mask.sum(1) - 1):
+        ends = torch.arange(len(rows), device=device), mask.sum(1) - 1
+        with contextlib.nullcontext() if self._last is None else self._last.only(*ends):
             hidden = self.model(**inputs, attention_mask=None if self._causal else mask).last_hidden_state  # (b, T, E)
         return pool(hidden, mask, self.llm.pooling)
 
     def _packed(self, rows: Array64, words: "Words") -> Tensor:
-        device = words.vectors.device
         ids, lengths = self.tokens.packed(rows, self._extra)  # (T,), (b,)
-        ends = lengths.cumsum(0)
-        starts = ends - lengths
-        positions = torch.arange(len(ids)) - starts.repeat_interleave(lengths)
-        if self.llm.positions is Positions.end:
-            positions += (self.llm.max_tokens + self._extra - lengths).repeat_interleave(lengths)
-        embeds = words.embed(ids)  # (T, E)
-        if self._item_token is not None:
-            embeds = embeds.index_put(((ends - 1).to(device),), self._item_token.to(embeds.dtype))
-        last = (ends - 1).to(device)
-        with self._read_at(torch.zeros_like(last), last):
-            hidden = packed_hidden(self.model, embeds, lengths, positions.to(device))  # (T, E)
-        if self.llm.pooling is Pooling.mean:
-            owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
-            summed = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
-            summed = summed.index_add(0, owner, hidden.float())
-            return (summed / lengths.to(device)[:, None]).to(hidden.dtype)
-        return hidden[(starts if self.llm.pooling is Pooling.cls else ends - 1).to(device)]
-
-    def _read_at(self, *places: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Within it, what the model gives at other places of (b, T) or (1, T) is not to be read."""
-        return contextlib.nullcontext() if self._last is None else self._last.only(*places)
+        return packed_vectors(self.model, words.embed(ids), lengths, self.llm, self._item_token, self._last)
 
     @property
     def _item_token(self) -> Tensor | None:

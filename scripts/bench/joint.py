@@ -71,7 +71,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is computed; packing None takes what items.packing=auto takes."""
+    """How a step is computed; packing None takes what llm.packing=auto takes."""
 
     official: bool = False
     packing: Packing | None = None
@@ -158,7 +158,8 @@ class Bench:
         return self.module.training_step(step.batch, 0)
 
     def set_up(self, way: Way) -> None:
-        self.items.config = replace(self.items.config, packing=way.packing or Packing.auto, grad_cache=way.grad_cache)
+        self.items.config = replace(self.items.config, grad_cache=way.grad_cache)
+        self.items.llm = replace(self.items.llm, packing=way.packing or Packing.auto)
         self.items._last = None if way.checkpointing else self.last  # as the tower itself has it
         for layer in self.layers:
             layer.gradient_checkpointing = way.checkpointing

@@ -104,7 +104,7 @@ class OfficialWay(nn.Module):
 
 
 def packing(items: LLMItems, device: torch.device) -> Packing:
-    """What ``items.packing=auto`` is here."""
+    """What ``llm.packing=auto`` is here."""
     return Packing.packed if items._packs(device) else Packing.padded
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm.config import Dtype, LLMConfig, Pooling, TextConfig
+from hllm.config import Dtype, LLMConfig, Packing, Pooling, TextConfig
 from hllm.data.schema import Catalog
 from hllm.errors import ConfigError, LLMError
 from hllm.items import encoder as encoders
@@ -60,6 +60,41 @@ def test_decoder_batched_equals_one_by_one(
     subject = encoder(folder, llm_config(folder, pooling=pooling), item_texts(movies, text))
     assert subject.backbone.tokenizer.padding_side == padding_side
     torch.testing.assert_close(batched(subject), one_by_one(subject), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tiny_llama", {}),
+        ("tiny_llama", {"save_work": False}),
+        ("tiny_llama", {"pooling": Pooling.mean}),
+        ("tiny_bert", {"pooling": Pooling.mean}),
+        ("tiny_bert", {"pooling": Pooling.cls}),
+    ],
+)
+def test_texts_end_to_end_equal_one_by_one(
+    request: pytest.FixtureRequest,
+    llm_config: Config,
+    movies: Catalog,
+    text: TextConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    options: dict[str, Any],
+) -> None:
+    """And auto, where a kernel runs, takes them so unless they share much of their tokens."""
+    folder, texts = request.getfixturevalue(model), item_texts(movies, text)
+    subject = encoder(folder, llm_config(folder, packing=Packing.packed, **options), texts)
+    expected = one_by_one(subject)
+    monkeypatch.setattr(Encoder, "_run_prefix", None)
+    torch.testing.assert_close(batched(subject), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(encoders, "can_pack", lambda *_: True)
+    subject = encoder(folder, llm_config(folder, **options), texts)
+    if subject.share_prefix:
+        with pytest.raises(TypeError):  # the prefix's pass
+            batched(subject)
+        monkeypatch.setattr(encoders, "PREFIX_SHARE", 1.0)
+    monkeypatch.setattr(encoders, "pad", None)
+    torch.testing.assert_close(batched(subject), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", [Pooling.last, Pooling.mean, Pooling.cls])

@@ -19,7 +19,7 @@ from hllm.errors import ConfigError
 from hllm.head import MAX_LOG_SCALE
 from hllm.items import llm as llm_tower
 from hllm.items.backbone import load_backbone, load_trainable
-from hllm.items.encoder import Encoder, Tokens, tokenize
+from hllm.items.encoder import Encoder, Tokens, check_fit, tokenize
 from hllm.items.files import ITEM_TOKEN, LLMFiles
 from hllm.items.llm import LLMItems, divide
 
@@ -39,7 +39,7 @@ def build(tiny_family: Family, llm_config: LLM) -> Build:
 
     def tower(family: str, texts: list[str] = TEXTS, dim: int = 32, **options: Any) -> LLMItems:
         torch.manual_seed(0)
-        own = {name: options.pop(name) for name in ("packing", "grad_cache", "tuning") if name in options}
+        own = {name: options.pop(name) for name in ("grad_cache", "tuning") if name in options}
         llm = llm_config(tiny_family(family), **{"pooling": Pooling.item, **options})
         model, tokenizer = load_trainable(LLMFiles("tiny", tiny_family(family)), llm)
         return LLMItems(model, tokenize(tokenizer, texts, llm), llm, LLMItemsConfig(name="llm", **own), dim)
@@ -338,7 +338,7 @@ def test_a_step_equals_one_that_encodes_every_occurrence(
         *(
             "dataset.batch_size=4",
             f"llm.model={tiny_family(llm)}",
-            f"items.packing={packing}",
+            f"llm.packing={packing}",
             f"items.grad_cache={grad_cache}",
         ),
     )
@@ -445,7 +445,6 @@ def test_work_is_divided_evenly_within_the_budget(num_items: int, num_ranks: int
 
 def test_a_model_that_cannot_be_packed_is_refused() -> None:
     model = GPT2Model(GPT2Config(vocab_size=8, n_embd=32, n_layer=1, n_head=2))
-    tokens = Tokens.of(np.array([1], np.int32), np.array([1]))
-    llm = LLMConfig(name="tiny", model="tiny", pooling=Pooling.item)
-    with pytest.raises(ConfigError, match=r"items\.packing=packed: gpt2 is not of .*choose auto or padded"):
-        LLMItems(model, tokens, llm, LLMItemsConfig(name="llm", packing=Packing.packed), 32)
+    llm = LLMConfig(name="tiny", model="tiny", packing=Packing.packed)
+    with pytest.raises(ConfigError, match=r"llm\.packing=packed: tiny is gpt2, not of .*choose auto or padded"):
+        check_fit("tiny", model, None, llm)
