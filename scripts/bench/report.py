@@ -20,6 +20,7 @@ TITLES = {
     "rank": "Ranking",
     "data": "Batches of the loader",
     "startup": "Start-up",
+    "end_to_end": "From the command to the test scores",
     "curves": "Cost curves",
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
