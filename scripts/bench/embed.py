@@ -8,6 +8,8 @@ counted. ``one by one`` is the light form's original (torch-rechub, preprocess_h
 head and all hidden states computed, one text a forward pass. ``padded`` is a transformers body on batches of 32 in the
 given order, tokenised in each batch, in our dtype. ``sentence-transformers`` is its encode, where it is installed:
 sorted by length, batches of 32, our dtype. The largest cosine distance to the first way's vectors stands beside each.
+``of peak``: the FLOPs that the texts need, without padding or head, of the last layer what is read, over what the
+device's large products reach in that dtype; ours may pass what is possible without a shared prefix.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import Table, finish, in_turns, parser
+from measure import Table, finish, forward_flops, in_turns, of_peak, parser
 
 from hllm.config import Dtype, compose
 from hllm.data.movielens import MovieLens100K
@@ -86,9 +89,17 @@ def measure(args: argparse.Namespace, folder: Path) -> Table:
     assert max(furthest.values()) < 0.01, f"not the same vectors: {furthest}"
     distances = {way: f"{distance:.5f}" for way, distance in furthest.items()}
     seconds, megabytes = in_turns(ways, args)
-    tokens = sum(len(ids) for ids in Encoder(backbone, config.llm, texts, texts).tokens)
-    title = f"{backbone.name}, {len(texts)} texts of {tokens / len(texts):.1f} tokens, {str(backbone.dtype)[6:]}"
-    return Table(title, "items", len(texts), seconds, megabytes, {"cosine distance": distances})
+    lengths = Encoder(backbone, config.llm, texts, texts).tokens.lengths
+    needed = forward_flops(backbone.model, [(1, int(tokens)) for tokens in lengths], read_last=True)
+    flops = {way: (needed, torch.float32 if way == "one by one" else backbone.dtype) for way in ways}
+    medians = {way: median(turns) for way, turns in seconds.items()}
+    cells = {
+        "tokens/s": {way: f"{lengths.sum() / taken:,.0f}" for way, taken in medians.items()},
+        "of peak": of_peak(seconds, flops, args),
+        "cosine distance": distances,
+    }
+    title = f"{backbone.name}, {len(texts)} texts of {lengths.mean():.1f} tokens, {str(backbone.dtype)[6:]}"
+    return Table(title, "items", len(texts), seconds, megabytes, cells)
 
 
 def load_original(files: LLMFiles) -> Any:

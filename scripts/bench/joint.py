@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import CLOCKS, Table, finish, parser, peak_memory, synchronize
+from measure import CLOCKS, Table, device_peak, finish, forward_flops, parser, peak_memory, synchronize
 from official import SIMILARITY_THRESHOLD, OfficialWay, encoded_lengths, packing
 from synthetic import SHAPES, Shape, Step, make_step, make_tokens
 
@@ -64,8 +64,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "tinyllama_1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
     | {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000},
 }
-BF16_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-"Dense bfloat16 FLOP/s that the makers state, by a part of the GPU's name; the first that fits."
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
@@ -287,45 +285,6 @@ def llama(model: dict[str, Any], max_positions: int) -> Any:
     return transformers.LlamaModel(config)
 
 
-def forward_flops(model: Any, groups: list[tuple[int, int]], read_last: bool = False) -> int:
-    """Of a causal body over (items, tokens of each): products with weights, and attention's half square.
-
-    Args:
-        read_last: one token of each item is read, and the last layer's feed-forward is computed for it alone.
-    """
-    weights = matrix_weights(model.layers)
-    config, unread = model.config, matrix_weights(model.layers[-1].mlp) if read_last else 0
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return sum(
-        items * (2 * weights * tokens + attention * tokens**2 - 2 * unread * (tokens - 1)) for items, tokens in groups
-    )
-
-
-def matrix_weights(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
-
-
-def device_peak(device: torch.device, precision: str, clock: Callable[[], float]) -> tuple[float, str]:
-    """FLOP/s, and where the number is from: the maker's, or a large product timed here."""
-    bfloat16 = precision != "32-true"
-    if device.type == "cuda" and bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in BF16_PEAKS.items():
-            if part in name:
-                return peak, f"the maker's for {part}, dense bfloat16"
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    times = []
-    for _ in range(5):
-        started = clock()
-        a @ a
-        synchronize(device)
-        times.append(clock() - started)
-    return 2 * size**3 / min(times), f"best of 5 products of {size} x {size} in this run, {a.dtype}".replace(
-        "torch.", ""
-    )
-
-
 def as_table(title: str, found: dict[str, dict[str, Any]], peak: float) -> Table:
     """What ``Bench.measure`` found, with what follows from seconds and counts."""
     done = {name: row for name, row in found.items() if "failed" not in row}
@@ -368,7 +327,7 @@ def main(arguments: list[str] | None = None) -> list[Table]:
     precision = args.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     model = MODELS[args.preset] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
     clock = CLOCKS[args.clock]
-    peak, source = device_peak(device, precision, clock)
+    peak, source = device_peak(device, torch.float32 if precision == "32-true" else torch.bfloat16, clock)
     tables = []
     for name in args.data:
         shape = SHAPES[name]

@@ -5,7 +5,8 @@
 
 Plain is F.cross_entropy(users @ items.T) under autograd, in float32; where its scores would take more than --plain-gb
 three times over it is left out. ``frozen`` has item vectors that are not trained. The losses and gradients are compared
-before anything is timed.
+before anything is timed. ``of peak``: three products with the items, two where they are frozen, over what the device's
+large products reach in the way's dtype.
 """
 
 import sys
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import Table, finish, in_turns, parser
+from measure import Table, finish, in_turns, of_peak, parser
 
 from hllm.config import HeadConfig, Similarity
 from hllm.head import SimilarityHead
@@ -63,9 +64,14 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     ways["ours, bfloat16 products, frozen"] = ours(torch.bfloat16, frozen=True)
     check(ways, users, items)
     seconds, megabytes = in_turns(ways, args)
-    table = Table(
-        f"N={args.positions}, d={args.width}, {num_items:,} items", "positions", args.positions, seconds, megabytes
-    )
+    product = 2 * args.positions * args.width * num_items
+    flops = {
+        way: ((2 if "frozen" in way else 3) * product, torch.bfloat16 if "bfloat16" in way else torch.float32)
+        for way in ways
+    }
+    cells = {"of peak": of_peak(seconds, flops, args)}
+    title = f"N={args.positions}, d={args.width}, {num_items:,} items"
+    table = Table(title, "positions", args.positions, seconds, megabytes, cells)
     print(f"{table.title}\n\n{table.text()}\n", flush=True)
     return table
 

@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -156,6 +156,61 @@ def resident(name: str) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+BF16_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"Dense bfloat16 FLOP/s that the makers state, by a part of the GPU's name; the first that fits."
+
+
+def device_peak(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> tuple[float, str]:
+    """FLOP/s, and where the number is from: the maker's, or a large product timed here."""
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in BF16_PEAKS.items():
+            if part in name:
+                return peak, f"the maker's for {part}, dense bfloat16"
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(5):
+        started = clock()
+        a @ a
+        synchronize(device)
+        times.append(clock() - started)
+    source = f"best of 5 products of {size} x {size} in this run, {str(dtype).removeprefix('torch.')}"
+    return 2 * size**3 / min(times), source
+
+
+def of_peak(
+    seconds: Mapping[str, Sequence[float]], flops: Mapping[str, tuple[float, torch.dtype]], args: argparse.Namespace
+) -> dict[str, str]:
+    """Way -> its share of the device's peak: the FLOPs that its mathematics needs, in the dtype it computes in.
+
+    What a way computes beyond that, such as at padding or twice, lowers its share.
+    """
+    device, clock = torch.device(args.device), CLOCKS[args.clock]
+    peaks = {dtype: device_peak(device, dtype, clock)[0] for dtype in {dtype for _, dtype in flops.values()}}
+    return {
+        way: f"{needed / statistics.median(seconds[way]) / peaks[dtype]:.0%}" for way, (needed, dtype) in flops.items()
+    }
+
+
+def forward_flops(model: Any, groups: Iterable[tuple[int, int]], read_last: bool = False) -> int:
+    """Of a transformers decoder over (items, tokens of each): products with weights, and attention's half square.
+
+    Args:
+        read_last: one token of each item is read, and the last layer's feed-forward is computed for it alone.
+    """
+    weights = matrix_weights(model.layers)
+    config, unread = model.config, matrix_weights(model.layers[-1].mlp) if read_last else 0
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return sum(
+        items * (2 * weights * tokens + attention * tokens**2 - 2 * unread * (tokens - 1)) for items, tokens in groups
+    )
+
+
+def matrix_weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,6 +6,8 @@
 Histories have lognormal lengths (MovieLens-1M's: median 96, up to --length) and are padded behind. ``padded`` runs each
 batch as one rectangle; ``length groups`` cuts it into four by length (user.length_groups=4). HSTU's plain way makes the
 (B, H, L, L) scores, biases and gradients under autograd; its outputs are compared with ours before anything is timed.
+``of peak`` is the model FLOPs utilisation: what the real events and half of their pairs need, forward and backward, over
+what the device's large products reach.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import Table, finish, in_turns, parser
+from measure import Table, finish, in_turns, matrix_weights, of_peak, parser
 
 from hllm.config import HSTUConfig, TransformerConfig
 from hllm.users.hstu import HSTU, time_buckets
@@ -73,8 +75,8 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
     times = (torch.rand(args.batch_size, length) * 1e8).long().cumsum(1)
     x, mask, times, lengths = (part.to(device) for part in (x, mask, times, lengths))
     if name == "hstu":
-        model: nn.Module = HSTU(HSTUConfig(name="hstu", **size), length).to(device)
-        plain = PlainHSTU(HSTUConfig(name="hstu", **size), length).to(device)
+        model: HSTU | UserTransformer = HSTU(HSTUConfig(name="hstu", **size), length).to(device)
+        plain: HSTU | UserTransformer = PlainHSTU(HSTUConfig(name="hstu", **size), length).to(device)
         plain.load_state_dict(model.state_dict())
     else:
         model = plain = UserTransformer(TransformerConfig(name="transformer", **size), length).to(device)
@@ -109,8 +111,12 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
     ways = {"plain, padded": step(whole, plain)} if name == "hstu" else {}
     ways |= {"ours, padded": step(whole, model), "ours, length groups": step(grouped, model)}
     seconds, megabytes = in_turns(ways, args)
+    weights, squares = matrix_weights(model.blocks), int((lengths**2).sum())
+    needed = 3 * (2 * weights * int(lengths.sum()) + 2 * args.layers * args.dim * squares)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cells = {"of peak": of_peak(seconds, dict.fromkeys(ways, (needed, dtype)), args)}
     title = f"{name}: {args.layers} layers, width {args.dim}, {args.batch_size} histories of up to {length} events"
-    table = Table(title, "events", float(lengths.sum()), seconds, megabytes)
+    table = Table(title, "events", float(lengths.sum()), seconds, megabytes, cells)
     print(f"{title}\n\n{table.text()}\n", flush=True)
     return table
 
