@@ -117,13 +117,16 @@ def default_chunk_size(num_items: int, device: torch.device, products: torch.dty
     return max(budget // (4 * num_items), 64) * (1 if products is torch.float32 else 4)
 
 
+ITEM_BLOCK = 4096
+"Items whose gradients are added at a time."
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of ``users @ items.T``, whose gradients are computed chunk by chunk in the forward pass.
 
-    The (N, I) scores are never stored or computed twice, as autograd or checkpointing would. On 2,200 positions x 64
-    it is 1.4 times as fast as ``F.cross_entropy(users @ items.T)`` over 1,682 items and 1.9 times over 12,000, on a
-    CPU. The idea is that of Liger's fused linear cross entropy (arXiv 2410.10989). torch has one of its own from
-    2.13 on; hllm supports 2.11.
+    Scores and probabilities are rounded to ``products``, sums are in float32. The (N, I) scores are never stored or
+    computed twice, as autograd or checkpointing would; docs/benchmarks.md has what that brings. The idea is that of
+    Liger's fused linear cross entropy (arXiv 2410.10989). torch has one of its own from 2.13 on; hllm supports 2.11.
     """
 
     @staticmethod
@@ -136,27 +139,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         products: torch.dtype,
         seen: Tensor | None,
     ) -> Tensor:
-        if products is not torch.float32:
-            return _rounded_cross_entropy(ctx, users, items, labels, chunk_size, products, seen)
-        users_grad = torch.empty_like(users)
-        items_grad = torch.zeros_like(items) if ctx.needs_input_grad[1] else None  # a third of the work
-        total = users.new_zeros(())
+        users_grad, items_grad = -items[labels], None  # the targets' part, exact whatever the products are in
+        if ctx.needs_input_grad[1]:  # a third of the work
+            items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-1)
+        total, rounded, rounded_items = users.new_zeros(()), users.to(products), items.to(products)
+        # every chunk's: memory that is new each time costs a CPU half as much again as the products
+        buffer = rounded.new_empty(min(chunk_size, len(users)), len(items))
         for begin in range(0, len(users), chunk_size):
-            chunk = users[begin : begin + chunk_size]  # (C, D)
-            label = labels[begin : begin + chunk_size, None]  # (C, 1)
-            scores = chunk @ items.T  # (C, I)
-            target_score = scores.gather(1, label)
+            part = slice(begin, begin + chunk_size)
+            chunk, label = rounded[part], labels[part, None]  # (C, D), (C, 1)
+            scores = torch.mm(chunk, rounded_items.T, out=buffer[: len(chunk)])  # (C, I)
             if seen is not None:
-                _leave_out(scores, seen[begin : begin + chunk_size], label)
-            largest = scores.amax(1, keepdim=True)
-            scores_grad = scores.sub_(largest).exp_()  # in place from here on: each pass over (C, I) costs
-            norm = scores_grad.sum(1, keepdim=True)
-            total += (norm.log() + largest - target_score).sum()
-            scores_grad.div_(norm)
-            scores_grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=scores.dtype))
-            torch.mm(scores_grad, items, out=users_grad[begin : begin + chunk_size])
+                _leave_out(scores, seen[part], label)
+            # the logarithm of the largest chance, which is never 0, and how far the target's score is below its score
+            behind = (scores.amax(dim=1, keepdim=True) - scores.gather(1, label)).float()
+            # over itself where each row is read before it is written: tests have that for CPUs only
+            chance = torch.softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
+            total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
+            users_grad[part] += chance @ rounded_items
             if items_grad is not None:
-                items_grad.addmm_(scores_grad.T, chunk)
+                # some items at a time, whose products are then still in a core's cache
+                for own, chances in zip(items_grad.split(ITEM_BLOCK), chance.split(ITEM_BLOCK, dim=1), strict=True):
+                    own += chances.T @ chunk
         ctx.gradients = users_grad, items_grad
         return total
 
@@ -175,40 +179,6 @@ def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:
     """Scores of (C, S) rows become -inf in place, but for the (C, 1) labels."""
     own = scores.gather(1, label)
     scores.scatter_(1, rows, float("-inf")).scatter_(1, label, own)
-
-
-ITEM_BLOCK = 4096
-"Items whose gradients are added at a time."
-
-
-def _rounded_cross_entropy(
-    ctx: Any, users: Tensor, items: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype, seen: Tensor | None
-) -> Tensor:
-    """The same with scores and probabilities rounded to ``dtype``; sums are in float32, the targets' part is exact."""
-    users_grad, items_grad = -items[labels], None
-    if ctx.needs_input_grad[1]:
-        items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-1)
-    total, rounded, rounded_items = users.new_zeros(()), users.to(dtype), items.to(dtype)
-    # every chunk's: memory that is new each time costs a CPU half as much again as the products
-    buffer = rounded.new_empty(min(chunk_size, len(users)), len(items))
-    for begin in range(0, len(users), chunk_size):
-        part = slice(begin, begin + chunk_size)
-        chunk, label = rounded[part], labels[part, None]  # (C, D), (C, 1)
-        scores = torch.mm(chunk, rounded_items.T, out=buffer[: len(chunk)])  # (C, I)
-        if seen is not None:
-            _leave_out(scores, seen[part], label)
-        # the logarithm of the largest chance, which is never 0, and how far the target's score is below its score
-        behind = (scores.amax(dim=1, keepdim=True) - scores.gather(1, label)).float()
-        # over itself where each row is read before it is written: tests have that for CPUs only
-        chance = torch.softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
-        total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
-        users_grad[part] += chance @ rounded_items
-        if items_grad is not None:
-            # some items at a time, whose products are then still in a core's cache
-            for own, chances in zip(items_grad.split(ITEM_BLOCK), chance.split(ITEM_BLOCK, dim=1), strict=True):
-                own += chances.T @ chunk
-    ctx.gradients = users_grad, items_grad
-    return total
 
 
 Mask = Callable[[slice], Tensor]

@@ -6,8 +6,8 @@
 Histories have lognormal lengths (MovieLens-1M's: median 96, up to --length) and are padded behind. ``padded`` runs each
 batch as one rectangle; ``length groups`` cuts it into four by length (user.length_groups=4). HSTU's plain way makes the
 (B, H, L, L) scores, biases and gradients under autograd; its outputs are compared with ours before anything is timed.
-``of peak`` is the model FLOPs utilisation: what the real events and half of their pairs need, forward and backward, over
-what the device's large products reach.
+``of peak``, model FLOPs utilisation: what the real events and half of their pairs need, forward and backward, over what
+the device's large products reach.
 """
 
 import argparse
