@@ -1,6 +1,7 @@
 """What the benchmarks share: ways of doing one thing in turns, their memory, and a record of what was found.
 
-A benchmark writes its tables to ``records/NAME.json``; ``report.py`` writes docs/benchmarks.md from all records.
+A benchmark writes its tables to ``records/NAME-DEVICE.json``, where tables of other titles stay as long as machine and
+versions are the same; ``report.py`` writes docs/benchmarks.md from all records.
 Machines are shared and noisy: the ways take turns, a ratio is the median over the rounds of that round's ratio.
 """
 
@@ -14,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Table:
         seconds: of each round, by way; the first way is the plain one.
         megabytes: peak memory that a way's first turn took beyond what was there before, where it was measured.
         cells: further columns, by name and then by way.
+        measured: by which command, when, and at which commit.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Table:
     megabytes: dict[str, float] = field(default_factory=dict)
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
     note: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """Markdown: the median of a turn, ``unit`` a second, the ratio to the plain way and its range."""
@@ -73,11 +76,13 @@ class Curve:
     Args:
         size: what grows.
         seconds: way -> size -> the median of its turns; a way need not have all sizes.
+        measured: as of a table.
     """
 
     title: str
     size: str
     seconds: dict[str, dict[int, float]]
+    measured: dict[str, str] = field(default_factory=dict)
 
     def exponents(self) -> dict[str, float]:
         """Way -> e of seconds ~ size^e over its last decade or more, by least squares; small sizes cost a constant."""
@@ -253,15 +258,20 @@ def finish(name: str, args: argparse.Namespace, tables: list[Table], curves: Seq
     if not args.record:
         return
     RECORDS.mkdir(exist_ok=True)
-    record = {
+    path, found = RECORDS / f"{name}-{device.type}.json", environment() | {"cpu": cpu_name(), "device": device.type}
+    measured = {
         "command": " ".join(["python", f"scripts/bench/{name}.py", *map(without_folders, sys.argv[1:])]),
         "date": date.today().isoformat(),
-        "environment": environment() | {"cpu": cpu_name(), "device": device.type},
-        "tables": [asdict(table) for table in tables],
-        "curves": [asdict(curve) for curve in curves],
-        **more,
+        "git": found.pop("git"),
     }
-    write_json(RECORDS / f"{name}-{device.type}.json", record)
+    record = {"environment": found, "tables": [], "curves": [], **more}
+    before = json.loads(path.read_text()) if path.is_file() else record
+    for kind, new in (("tables", tables), ("curves", curves)):
+        same = before[kind] if before["environment"] == found else []
+        parts = {part["title"]: part for part in same}  # which keep their places
+        parts |= {part.title: asdict(replace(part, measured=measured)) for part in new}
+        record[kind] = list(parts.values())
+    write_json(path, record)
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], list[Table], list[Curve]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import RECORDS, Curve, read_record
+from measure import RECORDS, Curve, Table, read_record
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 TITLES = {
@@ -42,8 +42,9 @@ def main() -> None:
                 parts.append(f"{label}: not measured.")
                 continue
             record, tables, curves = read_record(path)
-            parts.append(about(record))
-            parts += [f"**{part.title}**\n\n{part.text()}" for part in (*tables, *curves)]
+            parts.append(about(record["environment"]))
+            for part in (*tables, *curves):
+                parts.append(f"**{part.title}**\n\n{measured(part)}\n\n{part.text()}")
             if curves:
                 parts.append(f"![cost curves]({draw(curves, device).name})")
     PAGE.write_text("\n\n".join(parts) + "\n")
@@ -68,11 +69,13 @@ def draw(curves: list[Curve], device: str) -> Path:
     return path
 
 
-def about(record: dict[str, Any]) -> str:
-    found = record["environment"]
+def about(found: dict[str, Any]) -> str:
     hardware = found["gpu"] if found["device"] == "cuda" else f"{found['cpu']}, {found['threads']} threads"
-    versions = f"torch {found['torch']}, Python {found['python']}, commit `{found['git']}`"
-    return f"`{record['command']}`; {hardware}; {versions}; {record['date']}."
+    return f"{hardware}; torch {found['torch']}, Python {found['python']}."
+
+
+def measured(part: Table | Curve) -> str:
+    return "`{command}`; {date}, commit `{git}`".format(**part.measured)
 
 
 if __name__ == "__main__":
