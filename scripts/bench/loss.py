@@ -1,12 +1,12 @@
-"""Exact softmax over a catalogue, forward and backward: ours beside plain linear + cross entropy, and torch's chunks.
+"""Exact softmax over a catalogue, forward and backward: ours beside plain linear + cross entropy, and torch's own.
 
     python scripts/bench/loss.py --record
     python scripts/bench/loss.py --positions 8192 --width 256 --items 3706 100000 1000000        # a GPU
 
 Plain is F.cross_entropy(users @ items.T) under autograd, in float32; where its scores would take more than --plain-gb
-three times over it is left out. ``frozen`` has item vectors that are not trained. The losses and gradients are compared
-before anything is timed. ``of peak``: three products with the items, two where they are frozen, over what the device's
-large products reach in the way's dtype.
+three times over it is left out. ``frozen`` has item vectors that are not trained. torch has chunks of its own from 2.13
+on; here they are as long as ours. The losses and gradients are compared before anything is timed. ``of peak``: three
+products with the items, two where they are frozen, over what the device's large products reach in the way's dtype.
 """
 
 import sys
@@ -58,6 +58,13 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     scores_gb = 4 * args.positions * num_items / 1e9
     if 3 * scores_gb <= args.plain_gb:
         ways["plain, float32"] = lambda: step(F.cross_entropy(users @ items.T, labels))
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        from torch.nn import LinearCrossEntropyOptions
+
+        chunks = LinearCrossEntropyOptions(batch_chunk_size=default_chunk_size(num_items, device))
+        ways["torch's chunks, as long as ours, float32"] = lambda: step(
+            F.linear_cross_entropy(users, items, labels, options=chunks)
+        )
     ways["ours, float32"] = ours(torch.float32)
     ways["ours, bfloat16 products"] = ours(torch.bfloat16)
     ways["ours, float32, frozen"] = ours(torch.float32, frozen=True)
