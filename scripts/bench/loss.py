@@ -49,6 +49,10 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
         chunk = default_chunk_size(num_items, device, products)
         return lambda: step(softmax_loss(users, table, labels, head, chunk, products))
 
+    def autocast_plain() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return F.cross_entropy(users @ items.T, labels)
+
     def step(loss: Tensor) -> Tensor:
         users.grad = items.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
@@ -58,6 +62,7 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     scores_gb = 4 * args.positions * num_items / 1e9
     if 3 * scores_gb <= args.plain_gb:
         ways["plain, float32"] = lambda: step(F.cross_entropy(users @ items.T, labels))
+        ways["plain, autocast to bfloat16"] = lambda: step(autocast_plain())
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
         from torch.nn import LinearCrossEntropyOptions
 
