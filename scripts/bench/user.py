@@ -4,10 +4,10 @@
     python scripts/bench/user.py --dim 1024 --layers 8 --length 200 1000 --batch-size 64        # a GPU
 
 Histories have lognormal lengths (MovieLens-1M's: median 96, up to --length) and are padded behind. ``padded`` runs each
-batch as one rectangle; ``length groups`` cuts it into four by length (user.length_groups=4). HSTU's plain way makes the
-(B, H, L, L) scores, biases and gradients under autograd; its outputs are compared with ours before anything is timed.
-``of peak``, model FLOPs utilisation: what the real events and half of their pairs need, forward and backward, over what
-the device's large products reach.
+batch as one rectangle; ``in parts`` cuts it by length as a CPU's default does (user.length_groups). HSTU's plain way
+makes the (B, H, L, L) scores, biases and gradients under autograd; its outputs are compared with ours before anything
+is timed. ``of peak``, model FLOPs utilisation: what the real events and half of their pairs need, forward and backward,
+over what the device's large products reach.
 """
 
 import argparse
@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import Table, finish, in_turns, matrix_weights, of_peak, parser
 
 from hllm.config import HSTUConfig, TransformerConfig
+from hllm.users.groups import length_groups
 from hllm.users.hstu import HSTU, time_buckets
 from hllm.users.transformer import UserTransformer
-
-GROUPS = 4
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
         plain.load_state_dict(model.state_dict())
     else:
         model = plain = UserTransformer(TransformerConfig(name="transformer", **size), length).to(device)
-    order = lengths.argsort()
+    groups = length_groups(lengths.cpu(), length, None)
 
     def whole(model: nn.Module) -> Tensor:
         out: Tensor = model(x, mask, times)
@@ -88,8 +87,8 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
 
     def grouped(model: nn.Module) -> Tensor:
         parts = []
-        for rows in order.tensor_split(GROUPS):
-            columns = slice(int(lengths[rows[-1]]))
+        for rows in groups:
+            columns = slice(int(lengths[rows].max()))
             parts.append(model(x[rows, columns], mask[rows, columns], times[rows, columns])[mask[rows, columns]])
         return torch.cat(parts)
 
@@ -109,7 +108,7 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
     model.train()
     plain.train()
     ways = {"plain, padded": step(whole, plain)} if name == "hstu" else {}
-    ways |= {"ours, padded": step(whole, model), "ours, length groups": step(grouped, model)}
+    ways |= {"ours, padded": step(whole, model), "ours, in parts": step(grouped, model)}
     seconds, megabytes = in_turns(ways, args)
     weights, squares = matrix_weights(model.blocks), int((lengths**2).sum())
     needed = 3 * (2 * weights * int(lengths.sum()) + 2 * args.layers * args.dim * squares)
