@@ -84,11 +84,15 @@ def measure(args: argparse.Namespace, folder: Path) -> Table:
     if importlib.util.find_spec("sentence_transformers"):
         ways["sentence-transformers"] = sentence_transformers(backbone, texts, folder)
     ways |= {"ours, prefix not shared, all of the last layer": ours(False), "ours": ours(True)}
-    first = ways["one by one"]()
-    furthest = {way: (1 - F.cosine_similarity(turn(), first)).max().item() for way, turn in ways.items()}
+    found: dict[str, Tensor] = {}
+
+    def kept(way: str) -> Callable[[], None]:
+        return lambda: found.update({way: ways[way]()})
+
+    seconds, megabytes = in_turns({way: kept(way) for way in ways}, args)
+    furthest = {way: (1 - F.cosine_similarity(own, found["one by one"])).max().item() for way, own in found.items()}
     assert max(furthest.values()) < 0.01, f"not the same vectors: {furthest}"
     distances = {way: f"{distance:.5f}" for way, distance in furthest.items()}
-    seconds, megabytes = in_turns(ways, args)
     lengths = Encoder(backbone, config.llm, texts, texts).tokens.lengths
     needed = forward_flops(backbone.model, [(1, int(tokens)) for tokens in lengths], read_last=True)
     flops = {way: (needed, torch.float32 if way == "one by one" else backbone.dtype) for way in ways}
