@@ -109,12 +109,9 @@ def softmax_loss(
 
 
 def default_chunk_size(num_items: int, device: torch.device, products: torch.dtype = torch.float32) -> int:
-    """Positions whose scores stay in a core's cache (2 MiB), or fill 1 GiB of a GPU; at least 64.
-
-    Four times as many where products are in 16 bits: they are quickest in larger pieces.
-    """
-    budget = 2**21 if device.type == "cpu" else 2**30
-    return max(budget // (4 * num_items), 64) * (1 if products is torch.float32 else 4)
+    """Positions whose scores stay near a core, 4 MiB, or fill 1 GiB of a GPU; at least 128, and 256 of 16 bits."""
+    budget = 2**22 if device.type == "cpu" else 2**30
+    return max(budget // (products.itemsize * num_items), 512 // products.itemsize)
 
 
 ITEM_BLOCK = 4096
