@@ -1,6 +1,7 @@
 """The joint step's benchmark: both ways compute one thing, and what it counts is what is done."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,23 @@ def test_the_script_writes_what_it_measured(
     arguments = ["--data", "pixel8m", "--layers", "1", "--items", "50", "--rounds", "1", "--share", "0.1"]
     (table,) = joint.main([*arguments, "--device", "cpu", "--ways", "official", "ours", "--record"])
     record, tables, _ = measure.read_record(tmp_path / "joint-cpu.json")
-    assert tables == [table]
+    assert tables == [replace(table, measured=tables[0].measured)]
+    assert {"command", "date", "git"} == tables[0].measured.keys()
     assert table.cells["items"]["official"] == str(2 * 11 + 18)
     assert table.cells["of a useful one"]["ours"] == "1.00"
-    assert {"git", "torch", "cpu", "threads"} <= record["environment"].keys()
+    assert {"torch", "cpu", "threads"} <= record["environment"].keys()
     assert "| ours " in capsys.readouterr().out
+
+
+def test_a_record_keeps_what_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same machine and versions; a number of another one never stands beside it."""
+    monkeypatch.setattr(measure, "RECORDS", tmp_path)
+    args = measure.parser(None, 1).parse_args(["--device", "cpu", "--record"])
+    for title, seconds in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        measure.finish("some", args, [measure.Table(title, "things", 1, {"plain": [seconds]})])
+    _, tables, _ = measure.read_record(tmp_path / "some-cpu.json")
+    assert [(table.title, table.seconds["plain"]) for table in tables] == [("a", [3.0]), ("b", [2.0])]
+    monkeypatch.setattr(measure, "cpu_name", lambda: "another")
+    measure.finish("some", args, [measure.Table("b", "things", 1, {"plain": [4.0]})])
+    _, tables, _ = measure.read_record(tmp_path / "some-cpu.json")
+    assert [table.title for table in tables] == ["b"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hllm import disk
 from hllm.config import LLMConfig, Pooling, TextConfig
@@ -257,11 +258,15 @@ def test_llm_is_freed(tmp_path: Path, embed: Embed, monkeypatch: pytest.MonkeyPa
 def test_too_large_an_input_stops_at_the_first_batch(
     tmp_path: Path, embed: Embed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first: list[list[int]] = []
+    lengths: list[int] = []
     forward = Encoder._forward
-    monkeypatch.setattr(Encoder, "_forward", lambda self, batch: first.append(batch) or forward(self, batch))
+
+    def noted(self: Encoder, rows: list[int]) -> Tensor:
+        lengths.append(int(self.tokens.lengths[rows[0]]))
+        return forward(self, rows)
+
+    monkeypatch.setattr(Encoder, "_forward", noted)
     embed(tmp_path)
-    lengths = [len(batch[0]) for batch in first]
     assert lengths == sorted(lengths, reverse=True)
 
 
