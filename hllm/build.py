@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import nn
 
 from hllm.collapse import CollapseGuard, FiniteLoss
+from hllm.compiling import compile_layers
 from hllm.config import (
     AutoLossConfig,
     BinaryLossConfig,
@@ -116,9 +117,12 @@ def build_module(config: Config, datamodule: DataModule, read_weights: bool = Tr
     else:
         assert isinstance(config.user, LLMUserConfig)
         user_model, item_model = _load_models(config)
-        users = UserLLM(user_model, config.user, config.dataset.max_history)
+        assert config.user_llm is not None
+        users = UserLLM(user_model, config.user, config.dataset.max_history, config.user_llm.packing)
         dim = users.dim
         items = _build_items(config, datamodule, dim, item_model)
+    if config.user.compile:
+        compile_layers(users, "user.compile")
     return Recommender(
         items=items,
         users=users,

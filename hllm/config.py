@@ -587,6 +587,8 @@ class LLMConfig:
     "Item texts end to end, or in padded batches; auto packs on GPUs in 16-bit arithmetic."
     save_work: bool = True
     "A prefix that item texts share runs once a batch, the last feed-forward at the token that is read, where it can."
+    compile: bool = False
+    "torch.compile each layer, in which save_work then saves nothing."
     shard_items: int = 256
     "Items in one file of the cache: what a killed run loses at most."
     dtype: Dtype = Dtype.auto
@@ -731,7 +733,9 @@ class UserConfig:
     target_time: bool = False
     "The time of the event to be predicted is known, as HSTU has it: all parts of the model that read times read it."
     length_groups: int | None = None
-    "Parts by length in which the model reads a batch, each padded to its own longest row. Unset: on a CPU as it pays."
+    "Parts by length in which attention reads a batch, each padded to its longest row. Unset: on a CPU as it pays."
+    compile: bool = False
+    "torch.compile each layer."
 
     def check_times(self, reads_times: bool) -> None:
         """Raises ConfigError; ``reads_times`` tells whether the model has further inputs that are times."""

@@ -110,18 +110,18 @@ def shard(tower: nn.Module, mesh: DeviceMesh, layer_dtype: torch.dtype | None) -
     if isinstance(tower, FSDPModule) or next(tower.parameters(), None) is None:
         return
     policy = MixedPrecisionPolicy(layer_dtype, torch.float32, cast_forward_inputs=False)
-    for layer in _layers(tower):
+    for layer in outer_layers(tower):
         fully_shard(layer, mesh=mesh, mp_policy=policy if layer_dtype else MixedPrecisionPolicy())
     fully_shard(tower, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
-def _layers(module: nn.Module) -> Iterable[nn.Module]:
+def outer_layers(module: nn.Module) -> Iterable[nn.Module]:
     """The members of the outermost lists of modules."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _layers(child)
+            yield from outer_layers(child)
 
 
 def is_sharded(parameter: Tensor) -> bool:

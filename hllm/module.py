@@ -1,6 +1,7 @@
 """The LightningModule: wires item tower, user tower, head and loss; steps, optimizer, and what is logged.
 
-Every system is a config of this one class. B users, L history length, N supervised positions, I items, D width.
+Every system is a config of this one class. B users, L history length, T events of a batch, N supervised positions, I
+items, D width.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from hllm.items.tower import ItemTower
 from hllm.losses import Loss
 from hllm.metrics import Coverage, RankingMetrics, target_ranks
 from hllm.tuning import is_trained
-from hllm.users.groups import length_groups
+from hllm.users.layout import Layout
 from hllm.users.neighbours import NeighbourHistory
 from hllm.users.time import EventTimes
 
@@ -45,7 +47,7 @@ class Recommender(L.LightningModule):
 
     Args:
         items: item tower, (n,) ids -> (n, D).
-        users: user tower, (B, L, D), mask, timestamps, target times or None -> (B, L, D).
+        users: user tower, (T, D), layout, timestamps, target times or None -> (T, D).
         user: its config.
         train_counts: (I + 1,) occurrences of each item in training: the popularity floor, and what metrics are
             broken down by.
@@ -117,51 +119,42 @@ class Recommender(L.LightningModule):
             shard(tower, self.device_mesh["data_parallel"], mixed)
 
     def forward(self, batch: Batch, ids: Tensor, vectors: Tensor) -> Tensor:
-        """User vectors at every event: (B, L, D), from the (n, D) vectors of the (n,) ascending ids of the batch.
+        """User vectors at every event: (T, D), from the (n, D) vectors of the (n,) ascending ids of the batch.
 
         Both are D + K wide where the head has K neighbours.
         """
-        x = _lookup(batch.items, ids, vectors)
+        # parts only where lengths are known without waiting for a device, and no other process has as many to make
+        whole = batch.mask.device.type != "cpu" or self.device_mesh is not None
+        layout = Layout.of(batch.mask, batch.places, self.length_groups or (1 if whole else None))
+        x = _lookup(batch.of_events(batch.items), ids, vectors)
         if self.neighbours is not None:
             x, anchors = x.split([x.shape[-1] - self.head.neighbours, self.head.neighbours], dim=-1)
-            return torch.cat([self._encode(batch, x).float(), self.neighbours(anchors)], dim=-1)
-        return self._encode(batch, x)
-
-    def _encode(self, batch: Batch, x: Tensor) -> Tensor:
-        """What the user tower makes of (B, L, D) item vectors: (B, L, D)."""
-        target_times = batch.target_times if self.target_time else None
+        timestamps = batch.of_events(batch.timestamps)
+        target_times = batch.of_events(batch.target_times) if self.target_time else None
         if self.times is not None:
-            x = x + self.times(batch.timestamps, target_times)
-        # by itself only where that makes neither a device wait nor, of a sharded model, another process
-        automatic = x.device.type == "cpu" and self.device_mesh is None
-        lengths, count = batch.mask.sum(1), self.length_groups or (None if automatic else 1)
-        groups = length_groups(lengths, x.shape[1], count)
-        if len(groups) == 1:
-            whole: Tensor = self.users(x, batch.mask, batch.timestamps, target_times)
-            return whole
-        parts = []
-        for rows in groups:
-            columns = slice(int(lengths[rows[-1]]))
-            times = None if target_times is None else target_times[rows, columns]
-            part = self.users(x[rows, columns], batch.mask[rows, columns], batch.timestamps[rows, columns], times)
-            parts.append(F.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])))
-        return torch.cat(parts)[torch.cat(groups).argsort()]
+            x = x + self.times(timestamps, layout.previous(timestamps), target_times)
+        encoded: Tensor = self.users(x, layout, timestamps, target_times)
+        if self.neighbours is None:
+            return encoded
+        return torch.cat([encoded.float(), layout.by_row(self.neighbours, anchors)], dim=-1)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        supervised = batch.targets > 0
-        targets, num_items = batch.targets[supervised], self.items.num_items  # (N,)
+        targets = batch.of_events(batch.targets)[batch.supervised]  # (N,)
+        num_items = self.items.num_items
         if self.pool is not None:  # the loss knows items by their places in it
             targets, num_items = torch.searchsorted(self.pool, targets) + 1, len(self.pool)
         candidates = self.loss.candidates(gather_ids(targets), num_items)
         offered = candidates.ids if self.pool is None else self.pool[candidates.ids - 1]
-        ids = torch.cat([batch.items[batch.mask], offered]).unique()
-        if self.items.collective:
-            ids = gather_ids(ids).unique()
+        whole, ids = len(offered) == self.items.num_items, offered
+        if not whole:
+            ids = torch.cat([batch.of_events(batch.items), offered]).unique()
+            if self.items.collective:
+                ids = gather_ids(ids).unique()
         vectors, scored = self.items.sides(ids)
-        users = self(batch, ids, vectors)[supervised]  # (N, D)
-        excluded = _history_mask(batch, offered)[supervised.nonzero()[:, 0]] if self.loss.mask_history else None
-        items = _lookup(offered, ids, scored)
-        seen = {"seen": self._seen(batch, supervised)} if self.loss.mask_seen else {}
+        users = self(batch, ids, vectors)[batch.supervised]  # (N, D)
+        excluded = _history_mask(batch, offered)[self._rows(batch)] if self.loss.mask_history else None
+        items = scored if whole else _lookup(offered, ids, scored)
+        seen = {"seen": self._seen(batch)} if self.loss.mask_seen else {}
         loss, negatives = self.loss(users, items, candidates, targets, self.head, excluded, **seen)
         # the processes' gradients are averaged; weighed so, that is the gradient of the mean over all positions
         weight = len(targets) * world_size() / max(total(len(targets), loss.device), 1)
@@ -175,11 +168,15 @@ class Recommender(L.LightningModule):
         self.last_step = LastStep(vectors.detach(), mean_negatives, candidates.offered())
         return loss
 
-    def _seen(self, batch: Batch, supervised: Tensor) -> Tensor:
+    def _rows(self, batch: Batch) -> Tensor:
+        """(N,) the row of each supervised position."""
+        return batch.places[batch.supervised] // batch.mask.shape[1]
+
+    def _seen(self, batch: Batch) -> Tensor:
         """(N, L) the items up to each of N supervised positions, as the loss numbers them; the first fills up."""
-        rows, places = supervised.nonzero().unbind(1)
-        columns = torch.arange(batch.items.shape[1], device=rows.device)
-        items = torch.where(columns <= places[:, None], batch.items[rows], batch.items[rows, :1])
+        rows, columns = self._rows(batch), torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        places = batch.places[batch.supervised, None] % len(columns)
+        items = torch.where(columns <= places, batch.items[rows], batch.items[rows, :1])
         return items if self.pool is None else torch.searchsorted(self.pool, items) + 1
 
     def scores(self, batch: Batch, out: Tensor | None = None) -> Tensor:
@@ -189,9 +186,8 @@ class Recommender(L.LightningModule):
         """
         vectors, table = self.catalogue()
         ids = torch.arange(1, len(vectors) + 1, device=vectors.device)
-        encoded = self(batch, ids, vectors)
-        last = batch.mask.sum(1) - 1
-        scores = self.head.score(encoded[torch.arange(len(batch), device=last.device), last], table, out)
+        newest = batch.mask.sum(1).cumsum(0) - 1
+        scores = self.head.score(self(batch, ids, vectors)[newest], table, out)
         if not self.items.knows_cold:
             # finite, so that they still stand above what is left out of a ranking, and tie with one another
             scores.masked_fill_(self.train_counts[1 : len(table) + 1] == 0, torch.finfo(scores.dtype).min)
@@ -220,12 +216,12 @@ class Recommender(L.LightningModule):
 
     def _end_evaluation(self) -> None:
         """Wait for processes with more batches: where weights are sharded, a user tower only runs in all at once."""
-        x = self.catalogue()[0][None, :1]  # (1, 1, D)
-        x = x[..., : x.shape[-1] - self.head.neighbours]
+        x = self.catalogue()[0][:1]  # (1, D)
+        x = x[:, : x.shape[-1] - self.head.neighbours]
+        layout, times = Layout.of(x.new_ones(1, 1, dtype=torch.bool)), x.new_zeros(1, dtype=torch.int64)
         with self.trainer.precision_plugin.forward_context():
             for _ in range(self._idle_batches):
-                times = x.new_zeros(1, 1, dtype=torch.int64)
-                self.users(x, x.new_ones(1, 1, dtype=torch.bool), times, times if self.target_time else None)
+                self.users(x, layout, times, times if self.target_time else None)
         self._catalogue = self._scores = None  # training needs the memory
 
     def _scored(self, batch: Batch) -> Tensor:
@@ -288,16 +284,22 @@ class Recommender(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if self.device_mesh is None:
+        plugin = self.trainer.precision_plugin
+        if self.device_mesh is not None:
+            if gradient_clip_val is not None:
+                clip_gradient_norm(self.parameters(), gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            # which Lightning refuses to any fused optimizer, though nothing is scaled in bfloat16
+            if gradient_clip_val is not None:
+                nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val is not None:
-            clip_gradient_norm(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the rate rises over the warm-up and then follows the schedule to 0."""
         config = self.optimizer_config
-        # under mixed precision a fused step would unscale gradients itself, and Lightning then refuses to clip them
-        fused = not str(self.trainer.precision).endswith("mixed")
+        # a fused step unscales gradients itself, behind clipping
+        fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(config.warmup_ratio * steps)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -32,6 +33,14 @@ from hllm.data.base import SequenceDataModule
 from hllm.data.schema import Catalog
 from hllm.evaluate import Evaluation
 from hllm.fit import train
+from hllm.users.layout import Layout
+
+
+def encode_rows(tower: nn.Module, x: Tensor, mask: Tensor, times: Tensor, targets: Tensor | None = None) -> Tensor:
+    """What a user tower makes of (B, L, D) vectors of rows with a (B, L) mask: (B, L, D), zeros at padding."""
+    layout = Layout.of(mask)
+    return layout.rows(tower(x[mask], layout, times[mask], None if targets is None else targets[mask]))
+
 
 WORDS = [f"word{number}" for number in range(40)]
 SIZES: dict[str, Any] = {

@@ -153,7 +153,9 @@ def steps(config: Config, rank: int | None) -> list[Batch]:
     for number, chosen in enumerate(ROWS):
         batch = rows.__getitems__(chosen if rank is None else chosen[3 * rank : 3 * rank + 3])
         if number == 1:
-            batch.targets[3 if rank is None else 3 * (1 - rank) :] = 0
+            targets = batch.targets.clone()
+            targets[3 if rank is None else 3 * (1 - rank) :] = 0
+            batch = replace(batch, targets=targets)
         batches.append(batch)
     return batches
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import NUM_MOVIES, Run
+from conftest import NUM_MOVIES, Run, encode_rows
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -83,7 +83,7 @@ def test_plain_transformers_gives_our_user_vectors(joint_run: Run, folder: Path)
     model = load(joint_run)
     vectors = torch.randn(1, 6, 32)
     found = plain(folder / "user_llm")(inputs_embeds=vectors).last_hidden_state
-    expected = model.module.users(vectors, torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6))
+    expected = encode_rows(model.module.users, vectors, torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6))
     torch.testing.assert_close(found, expected, atol=EXACT, rtol=0)
 
 

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import Run, encode_rows
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -20,6 +21,7 @@ from hllm.errors import ConfigError
 from hllm.losses import CrossEntropyLoss, NCELoss
 from hllm.metrics import target_ranks
 from hllm.module import Recommender, _lookup
+from hllm.users.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_the_training_loss_is_the_mean_over_all_supervised_positions(module: Rec
     for row in range(len(batch)):
         events = int(batch.mask[row].sum())
         items, times = batch.items[row : row + 1, :events], batch.timestamps[row : row + 1, :events]
-        users = module.users(catalogue[items - 1], torch.ones_like(items, dtype=torch.bool), times)
+        users = encode_rows(module.users, catalogue[items - 1], torch.ones_like(items, dtype=torch.bool), times)
         scores = F.cosine_similarity(users[0, :, None], catalogue[None], dim=-1) / 0.07
         total += F.cross_entropy(scores, batch.targets[row, :events] - 1, reduction="sum").item()
         count += events
@@ -61,7 +63,7 @@ def test_with_mask_seen_a_position_does_not_score_what_stands_before_it(
 ) -> None:
     monkeypatch.setattr(module.loss, "mask_seen", True)
     catalogue, total = module.items.all(), 0.0
-    users = module.users(module.items.table.weight[batch.items], batch.mask, batch.timestamps)
+    users = encode_rows(module.users, module.items.table.weight[batch.items], batch.mask, batch.timestamps)
     for row, place in (batch.targets > 0).nonzero().tolist():
         target = int(batch.targets[row, place])
         scores = F.cosine_similarity(users[row, place], catalogue, dim=-1) / 0.07
@@ -94,7 +96,7 @@ def test_what_is_scored_may_be_another_vector_than_what_is_read(
     monkeypatch.setattr(module.items, "catalogue", lambda: (read, scored))
     module.eval()
     supervised = batch.targets > 0
-    users = module(batch, torch.arange(1, len(read) + 1), read)
+    users = Layout.of(batch.mask).rows(module(batch, torch.arange(1, len(read) + 1), read))
     plain = F.cosine_similarity(users[:, :, None], scored, dim=-1) / 0.07
     expected = F.cross_entropy(plain[supervised], batch.targets[supervised] - 1)
     assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -349,8 +351,7 @@ def test_a_users_own_items_are_no_negatives_of_theirs_but_of_others(
 
 
 def test_a_step_without_a_supervised_position_is_a_loss_of_0(module: Recommender, batch: Batch) -> None:
-    batch.targets.zero_()
-    loss = module.training_step(batch, 0)
+    loss = module.training_step(replace(batch, targets=torch.zeros_like(batch.targets)), 0)
     loss.backward()
     assert loss.item() == 0
     gradient = module.items.table.weight.grad

@@ -3,9 +3,10 @@
 Item id 0 is padding everywhere; real items are 1..I, in the order of the catalogue's rows.
 """
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Self, cast
 
@@ -100,7 +101,7 @@ class Batch:
     """Histories as rows of one length: real events first, padding (id 0) behind them.
 
     Padding stands on the right so that a causal model cannot see it: no event attends to anything after itself.
-    B rows, L = longest history of the batch, S (row, item) pairs.
+    B rows, L = longest history of the batch, S (row, item) pairs, T events, N supervised ones.
 
     Args:
         users: (B,) int64 user numbers, for per-user output.
@@ -120,6 +121,16 @@ class Batch:
     target_times: Tensor
     mask: Tensor
     seen: Tensor
+    places: Tensor = field(init=False)
+    supervised: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = self.mask.flatten().nonzero().flatten()
+        self.supervised = self.of_events(self.targets).nonzero().flatten()
+
+    def of_events(self, values: Tensor) -> Tensor:
+        """(B, L) -> (T,) what stands at the events, row after row."""
+        return values.flatten()[self.places]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -131,7 +142,13 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """A copy on a device; Lightning calls this."""
-        return type(self)(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        return self._each(lambda values: values.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        return type(self)(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Self:
+        moved = copy.copy(self)
+        for f in fields(self):
+            setattr(moved, f.name, move(getattr(self, f.name)))
+        return moved

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hllm.compiling import compile_layers
 from hllm.config import LLMConfig, Packing, Pooling, Positions
 from hllm.errors import ConfigError, LLMError
 from hllm.items.backbone import Backbone
@@ -46,7 +47,7 @@ class Encoder:
 
     Args:
         backbone: the loaded model.
-        llm: pooling, max_tokens, token_budget, packing and save_work.
+        llm: pooling, max_tokens, token_budget, packing, save_work and compile.
         texts: one a catalogue row.
         names: what to call each row in errors: the original item ids.
 
@@ -63,10 +64,13 @@ class Encoder:
         check_vocabulary(backbone.name, backbone.model, self.tokens)
         family = backbone.model.config.model_type
         self.token_budget = llm.token_budget or max(DEVICE_BUDGET[backbone.device.type], llm.max_tokens)
-        one_token = llm.save_work and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
+        saves = llm.save_work and not llm.compile
+        one_token = saves and llm.pooling in (Pooling.last, Pooling.item) and family in PREFIX_FAMILIES
         self.share_prefix = one_token and llm.positions is Positions.start
-        self.packs = packs(backbone.model, llm, backbone.device, backbone.dtype)
+        self.packs = packs(backbone.model, llm.packing, backbone.device, backbone.dtype)
         self._last = backbone.last if one_token else None
+        if llm.compile:
+            compile_layers(backbone.model, "llm.compile")
 
     def order(self) -> list[int]:
         """Rows, longest text first: too large a batch shows at once, and neighbours pad little."""
@@ -297,10 +301,10 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return ((hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)).to(hidden.dtype)
 
 
-def packs(model: Any, llm: LLMConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether item texts go through a model end to end, by ``llm.packing``."""
-    if llm.packing is not Packing.auto:
-        return llm.packing is Packing.packed
+def packs(model: Any, packing: Packing, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether texts, or histories of vectors, go through a model end to end."""
+    if packing is not Packing.auto:
+        return packing is Packing.packed
     return can_pack(model, device, dtype)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from hllm.compiling import compile_layers
 from hllm.config import LLMConfig, LLMItemsConfig, Pooling
 from hllm.data.schema import Array64
 from hllm.distributed import gather_vectors, rank, world_size
@@ -25,6 +26,7 @@ from hllm.items.encoder import PREFIX_FAMILIES, Tokens, embedded_inputs, packed_
 from hllm.items.last import LastFeedForward
 from hllm.items.tokens import tokens_digest
 from hllm.items.tower import ItemTower
+from hllm.items.varlen import product_dtype
 from hllm.tuning import is_trained, tune
 
 BUDGET = {"cpu": 2048, "cuda": 65536}
@@ -43,7 +45,7 @@ class LLMItems(HoldsLLM, ItemTower):
     Args:
         model: a transformers body, float32, as ``load_trainable`` gives it.
         tokens: of each item's text; row r is item r + 1.
-        llm: pooling, positions, max_tokens, token_budget, packing and save_work.
+        llm: pooling, positions, max_tokens, token_budget, packing, save_work and compile.
         dim: D; where it is not E, a linear map without bias comes behind the model.
 
     Raises:
@@ -71,8 +73,11 @@ class LLMItems(HoldsLLM, ItemTower):
         self.trained = is_trained(model) or (llm.pooling is Pooling.item and self.item_token.requires_grad)
         # causal models cannot see right padding, and without a mask they run on fused kernels
         self._causal = family in PREFIX_FAMILIES
-        one_token = self._causal and llm.pooling in (Pooling.item, Pooling.last) and llm.save_work
+        saves = llm.save_work and not llm.compile
+        one_token = self._causal and llm.pooling in (Pooling.item, Pooling.last) and saves
         self._last = LastFeedForward(model) if one_token and not config.tuning.gradient_checkpointing else None
+        if llm.compile:
+            compile_layers(model, "llm.compile")
         self.train()  # Lightning leaves modes as it finds them
 
     def forward(self, ids: Tensor, show_progress: bool = False) -> Tensor:
@@ -125,7 +130,8 @@ class LLMItems(HoldsLLM, ItemTower):
     def _encode(self, rows: Array64, words: "Words") -> Tensor:
         """(b,) rows -> (b, E), in one call of the model; under grad_cache its activations are not kept."""
         encode: Callable[[Array64, Words], Tensor] = self._padded
-        if self._packs(words.vectors.device):
+        device = words.vectors.device
+        if packs(self.model, self.llm.packing, device, product_dtype(device, self.model.dtype)):
             encode = self._packed
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
             if self.config.grad_cache and torch.is_grad_enabled():
@@ -138,10 +144,6 @@ class LLMItems(HoldsLLM, ItemTower):
                 )
                 return again
             return encode(rows, words)
-
-    def _packs(self, device: torch.device) -> bool:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.model.dtype
-        return packs(self.model, self.llm, device, dtype)
 
     def _padded(self, rows: Array64, words: "Words") -> Tensor:
         device = words.vectors.device

@@ -96,9 +96,15 @@ def can_pack(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a fused kernel runs ``packed_hidden`` when the model computes in ``dtype``."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.model_type in FAMILIES and _kernel(device, dtype, width, dropout=False) is not exact
+    return config.model_type in FAMILIES and fused_kernel(device, dtype, width, dropout=False) is not exact
 
 
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What products of tensors of ``dtype`` run in: autocast's, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: Any,
     query: Tensor,
@@ -120,11 +126,10 @@ def attention(
         if not causal:
             raise LLMError("a sliding window that looks ahead cannot be packed; set sliding_window to null")
         span = (sliding_window - 1, 0)  # the window counts the token itself
-    kind = query.device.type
     # under autocast rotary positions turn queries and keys, but not values, into float32
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    dtype = product_dtype(value.device, value.dtype)
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, H, d)
-    kernel = _kernel(query.device, dtype, query.shape[-1], dropout > 0)
+    kernel = fused_kernel(query.device, dtype, query.shape[-1], dropout > 0)
     return kernel(query, key, value, pack, span, scaling, dropout)[None], None
 
 
@@ -193,7 +198,7 @@ def flash_kernel(
 
 
 @functools.cache
-def _kernel(device: torch.device, dtype: torch.dtype, width: int, dropout: bool) -> Kernel:
+def fused_kernel(device: torch.device, dtype: torch.dtype, width: int, dropout: bool) -> Kernel:
     """The fastest kernel that does what is asked; the fused ones need 16 bits, an Ampere and a width in eights."""
     if device.type != "cuda" or dtype not in HALF or width % 8 or width > 256:
         return exact

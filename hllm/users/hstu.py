@@ -10,11 +10,11 @@ p and t are learned tables, one pair a block, shared by the heads, as in the cod
 event to be predicted where that is known, else that of event i. n is the longest history: a constant, so that padding
 changes nothing. ByteDance's HSTU (HLLM, 1.1.4) has neither table.
 
-B users, L history length, H heads, D width.
+B users, L history length, T events of a batch, H heads, D width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hllm.config import HSTUConfig
+from hllm.users.layout import Layout
 from hllm.users.position import place_vectors
 
 
-def time_buckets(timestamps: Tensor, target_times: Tensor | None, num_buckets: int) -> Tensor:
+def time_buckets(timestamps: Tensor, queries: Tensor, num_buckets: int) -> Tensor:
     """Bucket of the time from each event to each query: floor(ln(max(seconds, 1)) / 0.301), the last for all beyond.
 
     Args:
         timestamps: (B, L) int64 seconds.
-        target_times: (B, L) what queries are at; None is the time of their own event.
+        queries: (B, L) what queries are at.
 
     Returns:
         (B, L, L) int32; query i in row i.
     """
-    queries = timestamps if target_times is None else target_times
     seconds = (queries[:, :, None] - timestamps[:, None, :]).float()
     return seconds.abs_().clamp_(min=1).log_().div_(0.301).clamp_(max=num_buckets - 1).int()
 
@@ -176,16 +176,23 @@ class HSTUBlock(nn.Module):
             nn.Parameter(torch.randn(config.num_time_buckets) * 0.02) if config.relative_time_bias else None
         )
 
-    def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
-        """(B, L, D), (B, L, L) time buckets or none -> (B, L, D)."""
-        u, *vqk = F.silu(self.uvqk(_norm(x))).split(self.sizes, dim=-1)
-        v, q, k = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous() for part in vqk)
-        with torch.autocast(x.device.type, enabled=False):
-            biases = [None if bias is None else bias.to(q.dtype) for bias in (self.position_bias, self.time_bias)]
-            attended: Tensor = PointwiseAttention.apply(q, k, v, *biases, buckets, self.max_history)  # type: ignore[no-untyped-call]
-        gated = u * _norm(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, layout: Layout, buckets: Sequence[Tensor | None]) -> Tensor:
+        """(T, D), for each part of the layout (b, l, l) time buckets or none -> (T, D)."""
+        u, vqk = F.silu(self.uvqk(_norm(x))).split([self.sizes[0], sum(self.sizes[1:])], dim=-1)
+        gated = u * _norm(layout.by_row(self._attend, vqk, buckets))
         added: Tensor = self.out(F.dropout(gated, self.dropout, self.training))
         return x + added
+
+    def _attend(self, vqk: Tensor, buckets: Tensor | None) -> Tensor:
+        """(b, l, values, queries and keys of all heads) -> (b, l, values)."""
+        v, q, k = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()
+            for part in vqk.split(self.sizes[1:], dim=-1)
+        )
+        with torch.autocast(vqk.device.type, enabled=False):
+            biases = [None if bias is None else bias.to(q.dtype) for bias in (self.position_bias, self.time_bias)]
+            attended: Tensor = PointwiseAttention.apply(q, k, v, *biases, buckets, self.max_history)  # type: ignore[no-untyped-call]
+        return attended.transpose(1, 2).flatten(2)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -211,22 +218,26 @@ class HSTU(nn.Module):
         self.blocks = nn.ModuleList(HSTUBlock(config, max_history) for _ in range(config.num_layers))
         self.timed = config.relative_time_bias
 
-    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
         """Encode histories.
 
         Args:
-            x: (B, L, D) item vectors, real events first.
-            mask: (B, L) bool, true at real events.
-            timestamps: (B, L) int64 seconds.
-            target_times: (B, L) int64 seconds of the events to be predicted; None where they are not known.
+            x: (T, D) item vectors.
+            layout: which of the events are whose.
+            timestamps: (T,) int64 seconds.
+            target_times: (T,) int64 seconds of the events to be predicted; None where they are not known.
 
         Returns:
-            (B, L, D); output i depends on events 0..i only, and on its own target's time where it is given.
+            (T, D); an output depends on the events of its row up to its own, and on its own target's time where it is
+            given.
         """
-        length = x.shape[1]
-        assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
-        x = self.dropout(x * self.scale + place_vectors(self.position, mask, self.positions))
-        buckets = time_buckets(timestamps, target_times, self.num_buckets) if self.timed else None
+        assert layout.longest <= self.max_history, f"rows of {layout.longest}, but positions for {self.max_history}"
+        x = self.dropout(x * self.scale + place_vectors(self.position, layout, self.positions))
+        buckets: Sequence[Tensor | None] = [None] * len(layout.shapes)
+        if self.timed:
+            queries = timestamps if target_times is None else target_times
+            times = zip(layout.parts(timestamps), layout.parts(queries), strict=True)
+            buckets = [time_buckets(keys, at, self.num_buckets) for keys, at in times]
         for block in self.blocks:
-            x = block(x, buckets)
+            x = block(x, layout, buckets)
         return x

@@ -17,7 +17,7 @@ class NeighbourHistory(nn.Module):
         self.decay = nn.Parameter(torch.zeros(()))  # as a logit
 
     def forward(self, anchors: Tensor) -> Tensor:
-        """(B, L, K), real events first -> (B, L, K) in float32; at position i a function of events up to i."""
+        """(b, l, K) -> (b, l, K) in float32; at position i a function of events up to i."""
         places = torch.arange(anchors.shape[1], device=anchors.device)
         back = places[:, None] - places  # (L, L)
         with torch.autocast(anchors.device.type, enabled=False):

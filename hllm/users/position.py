@@ -1,29 +1,29 @@
 """What tells the user model where and when an event stands: time features and relative position bias.
 
-B users, L history length, H heads, D width.
+T events of a batch, L history length, H heads, D width.
 """
 
 import torch
 from torch import Tensor, nn
 
 from hllm.config import HistoryPositions, TimeBuckets, TimeReference
+from hllm.users.layout import Layout
 
 
-def place_vectors(table: nn.Embedding, mask: Tensor, counted_from: HistoryPositions) -> Tensor:
-    """What is learned of each event's place: (B, L) mask -> (L, D), or (B, L, D) where the row's end counts.
+def place_vectors(table: nn.Embedding, layout: Layout, counted_from: HistoryPositions) -> Tensor:
+    """(T, D) what is learned of each event's place in its row.
 
     Args:
         table: a row a place, as many as the longest history has events.
     """
-    length = mask.shape[1]
-    if counted_from is HistoryPositions.first:
-        return table.weight[:length]
-    places = torch.arange(length, device=mask.device) + table.num_embeddings - mask.sum(1, keepdim=True)  # (B, L)
-    vectors: Tensor = table(places.clamp(max=table.num_embeddings - 1))
+    places = layout.place
+    if counted_from is HistoryPositions.last:
+        places = places + (table.num_embeddings - layout.lengths)[layout.row]
+    vectors: Tensor = table(places)
     return vectors
 
 
-def elapsed_minutes(timestamps: Tensor, mask: Tensor, reference: TimeReference) -> Tensor:
+def elapsed_minutes(timestamps: Tensor, layout: Layout, reference: TimeReference) -> Tensor:
     """Minutes between each event and its reference event.
 
     previous: since the event before (0 for the first). Causal: position i knows nothing after event i.
@@ -31,17 +31,16 @@ def elapsed_minutes(timestamps: Tensor, mask: Tensor, reference: TimeReference) 
     how far away the end of the row is, so this is only for rows whose last position alone is trained.
 
     Args:
-        timestamps: (B, L) int64 seconds, real events first.
-        mask: (B, L) bool, true at real events.
+        timestamps: (T,) int64 seconds.
 
     Returns:
-        (B, L) float32, at least 0; 0 at padding.
+        (T,) float32, at least 0.
     """
     if reference is TimeReference.previous:
-        gap = torch.diff(timestamps, dim=1, prepend=timestamps[:, :1])
+        gap = timestamps - layout.previous(timestamps)
     else:
-        gap = timestamps.gather(1, mask.sum(1, keepdim=True) - 1) - timestamps
-    return (gap.clamp(min=0) * mask).float() / 60
+        gap = timestamps[layout.newest][layout.row] - timestamps
+    return gap.clamp(min=0).float() / 60
 
 
 def time_bucket(minutes: Tensor, kind: TimeBuckets, num_buckets: int) -> Tensor:
@@ -58,9 +57,9 @@ class TimeEmbedding(nn.Module):
         self.kind, self.reference = kind, reference
         self.table = nn.Embedding(num_buckets, dim)
 
-    def forward(self, timestamps: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) seconds and (B, L) mask -> (B, L, D)."""
-        minutes = elapsed_minutes(timestamps, mask, self.reference)
+    def forward(self, timestamps: Tensor, layout: Layout) -> Tensor:
+        """(T,) seconds -> (T, D)."""
+        minutes = elapsed_minutes(timestamps, layout, self.reference)
         embedded: Tensor = self.table(time_bucket(minutes, self.kind, self.table.num_embeddings))
         return embedded
 

@@ -4,7 +4,7 @@ At every position the time of its own event is read. The time of the event to be
 says that it is known (``user.target_time``): HSTU's published numbers know it, a recommender asked "what next?" may
 not.
 
-B users, L history length, F width of a calendar table, D width.
+T events of a batch, F width of a calendar table, D width.
 """
 
 import torch
@@ -56,7 +56,7 @@ class CalendarEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(len(CALENDAR_SIZES) * feature_dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def forward(self, timestamps: Tensor) -> Tensor:
-        """(B, L) int64 seconds -> (B, L, D)."""
+        """(T,) int64 seconds -> (T, D)."""
         fields = calendar_fields(timestamps).unbind(-1)
         embedded: Tensor = self.mlp(torch.cat([table(f) for table, f in zip(self.tables, fields, strict=True)], dim=-1))
         return embedded
@@ -83,19 +83,19 @@ class EventTimes(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, timestamps: Tensor, target_times: Tensor | None) -> Tensor:
+    def forward(self, timestamps: Tensor, previous: Tensor, target_times: Tensor | None) -> Tensor:
         """What is added to the item vectors.
 
         Args:
-            timestamps: (B, L) int64 seconds of the events.
-            target_times: (B, L) int64 seconds of the events that follow them; None where they are not known.
+            timestamps: (T,) int64 seconds of the events.
+            previous: (T,) of the events before them in their rows; of a row's first, its own.
+            target_times: (T,) int64 seconds of the events that follow them; None where they are not known.
 
         Returns:
-            (B, L, D); at position i a function of times up to i, and of the target's where it is given.
+            (T, D); at an event a function of times up to it, and of the target's where it is given.
         """
         known = [timestamps] if target_times is None else [timestamps, target_times]
-        before = torch.cat([timestamps[:, :1], timestamps[:, :-1]], dim=1)
-        gaps = [timestamps - before] if target_times is None else [timestamps - before, target_times - timestamps]
+        gaps = [timestamps - previous] if target_times is None else [timestamps - previous, target_times - timestamps]
         parts = [calendar(times) for calendar, times in zip(self.calendars, known, strict=False)]
         parts += [table(gap_bucket(gap)) for table, gap in zip(self.gaps, gaps, strict=False)]
         return torch.stack(parts).sum(0)

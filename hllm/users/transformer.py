@@ -1,8 +1,8 @@
 """Causal transformer over item vectors: the user tower of the light HLLM, and of SASRec and eSASRec on id vectors.
 
-Rows hold real events first and padding behind them, so the causal mask alone keeps padding unseen and attention stays
-on the fused causal kernels. As configured by default: norm before each sublayer and once more at the end, GELU, inner
-width 4 D. The presets (``conf/user``, docs/baselines.md has the equations):
+A batch's events run end to end, without padding; attention alone knows which are whose (``layout.py``). As configured
+by default: norm before each sublayer and once more at the end, GELU, inner width 4 D. The presets (``conf/user``,
+docs/baselines.md has the equations):
 
 - ``sasrec``: ReLU, inner width D, item vectors times sqrt(D) (arXiv 1808.09781). The paper's text has the norm before
   each sublayer; its code, which this follows, goes on with what came out of the norm: post-norm, but for keys and
@@ -11,7 +11,7 @@ width 4 D. The presets (``conf/user``, docs/baselines.md has the equations):
 - ``sasrec_bytedance``: as HLLM's official code has it, BERT's blocks with an inner width of D.
 - ``esasrec``: LiGR's gates and SwiGLU, as RecTools has them; there dropout also stands inside the feed-forward layers.
 
-B users, L history length, H heads, D width, F inner width.
+T events of a batch, L history length, H heads, D width, F inner width.
 """
 
 import math
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.config import Activation, Norm, TimeBuckets, TransformerConfig
-from hllm.users.attention import causal_attention
+from hllm.users.attention import attend
+from hllm.users.layout import Layout
 from hllm.users.position import RelativePositionBias, TimeEmbedding, place_vectors
 
 
@@ -67,33 +68,33 @@ class Block(nn.Module):
         self.attention_gate = nn.Linear(dim, dim) if config.gates else None
         self.ffn_gate = nn.Linear(dim, dim) if config.gates else None
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, L, D), additive bias (H, L, L) with the causal mask in it, or none -> (B, L, D)."""
+    def forward(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        """(T, D), additive bias (H, L, L) with the causal mask in it, or none -> (T, D)."""
         read = x if self.norm is Norm.post else self.attention_norm(x)
-        attended = self.out(self._attend(read, x if self.norm is Norm.query else read, bias))
+        qkv = self._qkv(read, x if self.norm is Norm.query else read)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = self.out(attend(qkv, layout, self.num_heads, bias, dropout, self.path))
         x = self._add(read if self.norm is Norm.query else x, attended, self.attention_norm, self.attention_gate)
         read = x if self.norm is Norm.post else self.ffn_norm(x)
         return self._add(read if self.norm is Norm.query else x, self.ffn(read), self.ffn_norm, self.ffn_gate)
 
     def _add(self, residual: Tensor, update: Tensor, norm: nn.Module, gate: nn.Module | None) -> Tensor:
-        """(B, L, D) both -> (B, L, D)."""
+        """(T, D) both -> (T, D)."""
         update = F.dropout(update, self.dropout, self.training)
         if gate is not None:
             update = update * gate(residual).sigmoid()
         x = residual + update
         return norm(x) if self.norm is Norm.post else x
 
-    def _attend(self, queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    def _qkv(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(T, D) what queries, and what keys and values are made from -> (T, 3 D)."""
         if keys is queries:
-            qkv = self.qkv(queries)
-        else:
-            dim = queries.shape[-1]
-            weights, biases = self.qkv.weight, self.qkv.bias
-            own, others = F.linear(queries, weights[:dim], biases[:dim]), F.linear(keys, weights[dim:], biases[dim:])
-            qkv = torch.cat([own, others], dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
-        attended = causal_attention(q, k, v, bias, self.attention_dropout if self.training else 0.0, self.path)
-        return attended.transpose(1, 2).flatten(2)  # (B, L, D)
+            made: Tensor = self.qkv(queries)
+            return made
+        dim = queries.shape[-1]
+        weights, biases = self.qkv.weight, self.qkv.bias
+        own, others = F.linear(queries, weights[:dim], biases[:dim]), F.linear(keys, weights[dim:], biases[dim:])
+        return torch.cat([own, others], dim=-1)
 
 
 class UserTransformer(nn.Module):
@@ -124,29 +125,28 @@ class UserTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.apply(_init_weights)
 
-    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
         """Encode histories.
 
         Args:
-            x: (B, L, D) item vectors, real events first.
-            mask: (B, L) bool, true at real events.
-            timestamps: (B, L) int64 seconds.
+            x: (T, D) item vectors.
+            layout: which of the events are whose.
+            timestamps: (T,) int64 seconds.
             target_times: not read: the target's time is in x, where ``user.target_time`` says that it is known.
 
         Returns:
-            (B, L, D); output i depends on events 0..i only. Outputs at padding carry no meaning.
+            (T, D); an output depends on the events of its row up to its own only.
         """
-        length = x.shape[1]
-        assert length <= self.max_history, f"rows of {length} events, but positions for {self.max_history}"
+        assert layout.longest <= self.max_history, f"rows of {layout.longest}, but positions for {self.max_history}"
         if self.input_scale != 1:
             x = x * self.input_scale
-        x = x + place_vectors(self.position, mask, self.positions)
+        x = x + place_vectors(self.position, layout, self.positions)
         if self.time is not None:
-            x = x + self.time(timestamps, mask)
+            x = x + self.time(timestamps, layout)
         x = self.dropout(self.input_norm(x))
-        bias = self.bias(length).to(x.dtype) if self.bias is not None else None
+        bias = self.bias(layout.longest).to(x.dtype) if self.bias is not None else None
         for block in self.blocks:
-            x = block(x, bias)
+            x = block(x, layout, bias)
         normed: Tensor = self.norm(x)
         return normed
 

@@ -3,11 +3,12 @@
     python scripts/bench/user.py --record
     python scripts/bench/user.py --dim 1024 --layers 8 --length 200 1000 --batch-size 64        # a GPU
 
-Histories have lognormal lengths (MovieLens-1M's: median 96, up to --length) and are padded behind. ``padded`` runs each
-batch as one rectangle; ``in parts`` cuts it by length as a CPU's default does (user.length_groups). HSTU's plain way
-makes the (B, H, L, L) scores, biases and gradients under autograd; its outputs are compared with ours before anything
-is timed. ``of peak``, model FLOPs utilisation: what the real events and half of their pairs need, forward and backward,
-over what the device's large products reach.
+Histories have lognormal lengths (MovieLens-1M's: median 96, up to --length). ``plain`` runs them as one rectangle,
+padded behind: the transformer on torch's fused causal kernel, HSTU with the (B, H, L, L) scores, biases and gradients
+under autograd. Ours runs the events end to end, and attention by sequence where a fused kernel does, else over the
+rectangle or, as a CPU does by itself, over parts of like length (user.length_groups). Outputs are compared before
+anything is timed. ``of peak``, model FLOPs utilisation: what the events and half of their pairs need, forward and
+backward, over what the device's large products reach.
 """
 
 import argparse
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import Table, finish, in_turns, matrix_weights, of_peak, parser
 
 from hllm.config import HSTUConfig, TransformerConfig
-from hllm.users.groups import length_groups
 from hllm.users.hstu import HSTU, time_buckets
+from hllm.users.layout import Layout
 from hllm.users.transformer import UserTransformer
 
 
@@ -41,10 +42,12 @@ def main() -> None:
 
 
 class PlainHSTU(HSTU):
-    """The same unit with its scores, (B, H, L, L), as one tensor under autograd."""
+    """The same unit with its scores, (B, H, L, L), as one tensor under autograd; reads (B, L, D) and its padding."""
 
-    def forward(self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None) -> Tensor:
-        buckets = time_buckets(timestamps, target_times, self.num_buckets) if self.timed else None
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None
+    ) -> Tensor:
+        buckets = time_buckets(timestamps, timestamps, self.num_buckets) if self.timed else None
         length = x.shape[1]
         x = self.dropout(x * self.scale + self.position.weight[:length])
         place = torch.arange(length, device=x.device)
@@ -64,6 +67,29 @@ class PlainHSTU(HSTU):
         return x
 
 
+class PlainTransformer(UserTransformer):
+    """The same blocks over (B, L, D), padding included, with torch's fused causal kernel."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor, timestamps: Tensor, target_times: Tensor | None = None
+    ) -> Tensor:
+        x = self.dropout(x + self.position.weight[: x.shape[1]])
+        for block in self.blocks:
+            heads = block.qkv(block.attention_norm(x)).unflatten(-1, (3, block.num_heads, -1))
+            q, k, v = heads.permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + F.dropout(block.out(attended), block.dropout, block.training)
+            x = x + F.dropout(block.ffn(block.ffn_norm(x)), block.dropout, block.training)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+KINDS: dict[str, tuple[type, type, type]] = {
+    "transformer": (TransformerConfig, UserTransformer, PlainTransformer),
+    "hstu": (HSTUConfig, HSTU, PlainHSTU),
+}
+
+
 def measure(args: argparse.Namespace, length: int, name: str) -> Table:
     device = torch.device(args.device)
     torch.manual_seed(0)
@@ -72,43 +98,44 @@ def measure(args: argparse.Namespace, length: int, name: str) -> Table:
     mask = torch.arange(length) < lengths[:, None]
     x = torch.randn(args.batch_size, length, args.dim) * mask[..., None]
     times = (torch.rand(args.batch_size, length) * 1e8).long().cumsum(1)
-    x, mask, times, lengths = (part.to(device) for part in (x, mask, times, lengths))
-    if name == "hstu":
-        model: HSTU | UserTransformer = HSTU(HSTUConfig(name="hstu", **size), length).to(device)
-        plain: HSTU | UserTransformer = PlainHSTU(HSTUConfig(name="hstu", **size), length).to(device)
-        plain.load_state_dict(model.state_dict())
-    else:
-        model = plain = UserTransformer(TransformerConfig(name="transformer", **size), length).to(device)
-    groups = length_groups(lengths.cpu(), length, None)
+    places = mask.flatten().nonzero().flatten()
+    x, mask, times, places = (part.to(device) for part in (x, mask, times, places))
+    config, kind, plain_kind = KINDS[name]
+    model = kind(config(name=name, **size), length).to(device)
+    plain = plain_kind(config(name=name, **size), length).to(device)
+    plain.load_state_dict(model.state_dict())
 
-    def whole(model: nn.Module) -> Tensor:
-        out: Tensor = model(x, mask, times)
-        return out[mask]
+    def padded() -> Tensor:
+        out: Tensor = plain(x, mask, times)[mask]
+        return out
 
-    def grouped(model: nn.Module) -> Tensor:
-        parts = []
-        for rows in groups:
-            columns = slice(int(lengths[rows].max()))
-            parts.append(model(x[rows, columns], mask[rows, columns], times[rows, columns])[mask[rows, columns]])
-        return torch.cat(parts)
+    def flat(num_parts: int | None) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            layout = Layout.of(mask, places, num_parts)
+            out: Tensor = model(x.flatten(0, 1)[places], layout, times.flatten()[places])
+            return out
 
-    def step(run: Callable[[nn.Module], Tensor], model: nn.Module) -> Callable[[], None]:
+        return run
+
+    def step(run: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]:
         def turn() -> None:
             model.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                out = run(model)
+                out = run()
             out.float().square().mean().backward()
 
         return turn
 
     model.eval()
     plain.eval()
+    num_parts = None if device.type == "cpu" else 1
     with torch.no_grad():
-        torch.testing.assert_close(whole(model), whole(plain), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(flat(num_parts)(), padded(), rtol=1e-3, atol=1e-4)
     model.train()
     plain.train()
-    ways = {"plain, padded": step(whole, plain)} if name == "hstu" else {}
-    ways |= {"ours, padded": step(whole, model), "ours, in parts": step(grouped, model)}
+    ways = {"plain, padded": step(padded, plain), "ours": step(flat(1), model)}
+    if device.type == "cpu":
+        ways["ours, attention in parts"] = step(flat(None), model)
     seconds, megabytes = in_turns(ways, args)
     weights, squares = matrix_weights(model.blocks), int((lengths**2).sum())
     needed = 3 * (2 * weights * int(lengths.sum()) + 2 * args.layers * args.dim * squares)

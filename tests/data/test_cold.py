@@ -107,7 +107,7 @@ def test_no_loss_knows_cold_items_even_as_negatives(
     warm = torch.tensor(sorted(set(range(1, NUM_ITEMS + 1)) - cold))
     table = module.items.all()
     supervised = batch.targets > 0
-    users = module(batch, torch.arange(1, NUM_ITEMS + 1), table)[supervised]
+    users = module(batch, torch.arange(1, NUM_ITEMS + 1), table)[batch.supervised]
     labels = torch.searchsorted(warm, batch.targets[supervised])
     # so many negatives are drawn that nce has each of these too
     scores = module.head.score(users, module.head.table(table[warm - 1]))

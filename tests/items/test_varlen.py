@@ -149,7 +149,7 @@ def test_gradients_under_checkpointing_equal_those_of_alone(model: Any) -> None:
 
 def test_checkpointing_runs_layers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = build("llama").train(), []
-    monkeypatch.setattr(varlen, "_kernel", lambda *asked: lambda *args: calls.append(args) or exact(*args))
+    monkeypatch.setattr(varlen, "fused_kernel", lambda *asked: lambda *args: calls.append(args) or exact(*args))
     gradients(model, packed)
     assert len(calls) == 2
     checkpoint(model)
@@ -177,7 +177,7 @@ def test_leaves_the_attention_as_it_was(implementation: str, monkeypatch: pytest
         packed(model, items())
         assert model.config._attn_implementation == implementation
         torch.testing.assert_close(alone(model, items()), expected, atol=0, rtol=0)
-    monkeypatch.setattr(varlen, "_kernel", lambda *asked: 1 / 0)
+    monkeypatch.setattr(varlen, "fused_kernel", lambda *asked: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         packed(model, items())
     assert model.config._attn_implementation == implementation
@@ -186,7 +186,7 @@ def test_leaves_the_attention_as_it_was(implementation: str, monkeypatch: pytest
 def test_autocast_runs_attention_in_16_bits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = []
     spy = lambda *args: dtypes.extend(part.dtype for part in args[:3]) or exact(*args)  # noqa: E731
-    monkeypatch.setattr(varlen, "_kernel", lambda *asked: spy)
+    monkeypatch.setattr(varlen, "fused_kernel", lambda *asked: spy)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found, expected = packed(model, items()), alone(model, items())
     assert set(dtypes) == {torch.bfloat16}
@@ -299,7 +299,7 @@ def test_packed_through_the_torch_kernel_equals_alone(
     model: Any, signature: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", signature)
-    monkeypatch.setattr(varlen, "_kernel", lambda *asked: torch_kernel)
+    monkeypatch.setattr(varlen, "fused_kernel", lambda *asked: torch_kernel)
     with torch.no_grad():
         torch.testing.assert_close(packed(model, items()), alone(model, items()), atol=5e-6, rtol=0)
 
@@ -329,13 +329,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretends a GPU of some capability, with or without each kernel."""
 
     def pretend(capability: tuple[int, int] = (9, 0), in_torch: bool = True, flash_attn: bool = False) -> None:
-        varlen._kernel.cache_clear()
+        varlen.fused_kernel.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: in_torch)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash_attn else None)
 
     yield pretend
-    varlen._kernel.cache_clear()
+    varlen.fused_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -362,9 +362,9 @@ def test_the_fastest_kernel_that_does_what_is_asked(
     machine: Any, in_torch: bool, flash_attn: bool, dropout: bool, kernel: Any
 ) -> None:
     machine(in_torch=in_torch, flash_attn=flash_attn)
-    assert varlen._kernel(torch.device("cuda"), torch.bfloat16, 64, dropout) is kernel
-    assert varlen._kernel(torch.device("cuda"), torch.bfloat16, 36, dropout) is exact
-    assert varlen._kernel(torch.device("cuda"), torch.bfloat16, 512, dropout) is exact
+    assert varlen.fused_kernel(torch.device("cuda"), torch.bfloat16, 64, dropout) is kernel
+    assert varlen.fused_kernel(torch.device("cuda"), torch.bfloat16, 36, dropout) is exact
+    assert varlen.fused_kernel(torch.device("cuda"), torch.bfloat16, 512, dropout) is exact
 
 
 @pytest.mark.gpu
@@ -385,7 +385,7 @@ def test_fused_equals_exact_on_a_gpu(family: str, checkpointing: bool, monkeypat
         return hidden.float(), torch.cat([item.grad.float() for item in embeds if item.grad is not None])
 
     found = run()
-    monkeypatch.setattr(varlen, "_kernel", lambda *asked: exact)
+    monkeypatch.setattr(varlen, "fused_kernel", lambda *asked: exact)
     for ours, theirs in zip(found, run(), strict=True):
         assert F.cosine_similarity(ours, theirs, dim=-1).min() > 0.99
         assert (ours - theirs).norm() < 0.02 * theirs.norm()

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from hllm.config import TimeBuckets, TimeReference
+from hllm.users.layout import Layout
 from hllm.users.position import RelativePositionBias, TimeEmbedding, elapsed_minutes, time_bucket
 
-TIMES = torch.tensor([[60, 60, 180, 0], [600, 0, 0, 0]])
-MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
+TIMES = torch.tensor([60, 60, 180, 600])
+LAYOUT = Layout.of(torch.tensor([[True, True, True, False], [True, False, False, False]]))
 
 
 def test_minutes_since_the_previous_event() -> None:
-    minutes = elapsed_minutes(TIMES, MASK, TimeReference.previous)
-    assert minutes.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
+    assert elapsed_minutes(TIMES, LAYOUT, TimeReference.previous).tolist() == [0, 0, 2, 0]
 
 
 def test_minutes_until_the_end_of_the_row() -> None:
-    minutes = elapsed_minutes(TIMES, MASK, TimeReference.end)
-    assert minutes.tolist() == [[2, 2, 0, 0], [0, 0, 0, 0]]
+    assert elapsed_minutes(TIMES, LAYOUT, TimeReference.end).tolist() == [2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("kind", [TimeBuckets.sqrt, TimeBuckets.log])
@@ -37,7 +36,7 @@ def test_decades_fall_into_the_last_bucket() -> None:
 
 def test_every_time_bucket_is_trained_also_the_first() -> None:
     embedding = TimeEmbedding(TimeBuckets.sqrt, TimeReference.previous, 4, 3)
-    embedding(TIMES, MASK).sum().backward()
+    embedding(TIMES, LAYOUT).sum().backward()
     assert embedding.table.weight.grad is not None
     assert (embedding.table.weight.grad[:2] != 0).all()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import encode_rows
 from hydra.utils import get_class
 from torch import Tensor, nn
 
@@ -144,7 +145,7 @@ def transformer(weights: Weights, x: Tensor) -> Tensor:
 def test_a_transformer_equals_its_equations(name: str, changes: list[str], reference: Reference, rows: Any) -> None:
     x, mask, times = rows
     model = tower(name, *changes)
-    found = model(x, mask, times, None)
+    found = encode_rows(model, x, mask, times)
     for row, count in enumerate(mask.sum(1)):
         expected = reference(dict(model.state_dict()), x[row, :count])
         torch.testing.assert_close(found[row, :count], expected, atol=1e-9, rtol=1e-9)
@@ -222,7 +223,7 @@ def test_hstu_equals_its_equations(form: list[str], known: bool, rows: Any) -> N
     x, mask, times = rows
     model, scale, heads = hstu_tower(*form)
     targets = times + 7_000 * (1 + torch.arange(LENGTH)) * mask
-    found = model(x, mask, times, targets if known else None)
+    found = encode_rows(model, x, mask, times, targets if known else None)
     for row, count in enumerate(mask.sum(1)):
         queries = (targets if known else times)[row, :count]
         weights = dict(model.state_dict())
@@ -246,7 +247,7 @@ def test_hstus_gradients_are_those_of_its_equations(
     x, mask, times = rows
     model, scale, heads = hstu_tower(*form)
     x.requires_grad_()
-    model(x, mask, times, None)[mask].sin().sum().backward()
+    encode_rows(model, x, mask, times)[mask].sin().sum().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()} | {"x": x.grad}
     model.zero_grad()
     x.grad = None
@@ -324,7 +325,7 @@ def test_the_user_llm_equals_a_llamas_equations(
     model = UserLLM(loaded, LLMUserConfig(name="llm"), LENGTH).eval()
     mask = torch.arange(LENGTH) < torch.tensor([[6], [3], [1]])
     x = torch.randn(3, LENGTH, model.dim, generator=torch.Generator().manual_seed(1))
-    found = model(x, mask, torch.zeros_like(mask, dtype=torch.int64), None)
+    found = encode_rows(model, x, mask, torch.zeros_like(mask, dtype=torch.int64))
     for row, count in enumerate(mask.sum(1)):
         expected = llama(dict(model.state_dict()), x[row, :count], heads=4, key_heads=2)
         torch.testing.assert_close(found[row, :count], expected, atol=1e-5, rtol=1e-5)

@@ -70,19 +70,19 @@ def test_the_calendar_is_six_tables_side_by_side_and_an_mlp() -> None:
 def test_event_times_are_the_sum_of_what_is_known(known: bool) -> None:
     config = UserConfig(time_features=True, time_gaps=True, time_feature_dim=3, target_time=known)
     times = EventTimes(config, dim=4)
-    events, targets = torch.tensor([[0, 60, 4_000]]), torch.tensor([[60, 4_000, 90_000]])
+    events, targets = torch.tensor([0, 60, 4_000]), torch.tensor([60, 4_000, 90_000])
     own, *target = times.calendars
     before, *after = times.gaps
-    expected = own(events) + before(gap_bucket(torch.tensor([[0, 60, 3_940]])))
+    expected = own(events) + before(gap_bucket(torch.tensor([0, 60, 3_940])))
     if known:
-        expected = expected + target[0](targets) + after[0](gap_bucket(torch.tensor([[60, 3_940, 86_000]])))
+        expected = expected + target[0](targets) + after[0](gap_bucket(torch.tensor([60, 3_940, 86_000])))
     assert (len(target), len(after)) == (known, known)
-    torch.testing.assert_close(times(events, targets if known else None), expected)
+    torch.testing.assert_close(times(events, torch.tensor([0, 0, 60]), targets if known else None), expected)
 
 
 def test_each_table_learns() -> None:
     config = UserConfig(time_features=True, time_gaps=True, time_feature_dim=3, target_time=True)
     times = EventTimes(config, dim=4)
     events = torch.tensor([[0, 60, 4_000]])
-    times(events, events + 86_400).sin().sum().backward()
+    times(events, events - 60, events + 86_400).sin().sum().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in times.parameters())

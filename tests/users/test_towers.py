@@ -14,6 +14,7 @@ from hllm.config import Config
 from hllm.data.schema import Batch
 from hllm.module import Recommender
 from hllm.users.groups import length_groups
+from hllm.users.layout import Layout
 
 LENGTH = 6
 LATER = 10_000_000
@@ -84,8 +85,7 @@ def batch() -> Batch:
 def encode(module: Recommender, batch: Batch) -> Tensor:
     """(B, L, D) user vectors."""
     ids = torch.arange(1, module.items.num_items + 1)
-    encoded: Tensor = module(batch, ids, module.items(ids))
-    return encoded
+    return Layout.of(batch.mask).rows(module(batch, ids, module.items(ids)))
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import encode_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,8 +64,7 @@ def vectors(seed: int = 0) -> Tensor:
 
 def run(tower: UserLLM, x: Tensor, lengths: list[int] | None = None) -> Tensor:
     mask = torch.arange(x.shape[1]) < torch.tensor(lengths or [x.shape[1]] * len(x))[:, None]
-    encoded: Tensor = tower(x, mask, torch.zeros(mask.shape, dtype=torch.int64))
-    return encoded
+    return encode_rows(tower, x, mask, torch.zeros(mask.shape, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("family", DECODERS)
