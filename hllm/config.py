@@ -391,6 +391,8 @@ class DatasetConfig:
     "Of those, how many it sees in evaluation and recommendation; unset is all. At most max_history."
     batch_size: int = 32
     "Training rows a step."
+    batch_events: int | None = None
+    "Training events a step, as near as whole rows allow, in place of batch_size rows: steps cost alike."
     eval_batch_size: int = 256
     num_workers: int = 0
     text: TextConfig = field(default_factory=TextConfig)
@@ -405,6 +407,8 @@ class DatasetConfig:
                 f"must be at least 1 and at most dataset.max_history={self.max_history}",
             )
         _at_least("dataset.batch_size", self.batch_size, 1)
+        if self.batch_events is not None:
+            _at_least("dataset.batch_events", self.batch_events, 1)
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
         _fraction("dataset.cold_items", self.cold_items)
@@ -551,6 +555,12 @@ class ShardedConfig(DatasetConfig):
             "dataset.train_users",
             self.train_users,
             "dataset=sharded trains on all users of its shards: read the files by another dataset, or set 1",
+        )
+        _require(
+            self.batch_events is None,
+            "dataset.batch_events",
+            self.batch_events,
+            "dataset=sharded knows a shard's rows only once it is read: set dataset.batch_size in its place",
         )
         _require(
             self.num_workers == 0,
