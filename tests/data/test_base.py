@@ -283,6 +283,7 @@ def test_an_epoch_by_events_has_as_few_batches_as_the_events_need(batch_events: 
         ([9, 1, 1, 1], 4, [0, 1, 2, 3, 4]),
         ([1, 1, 1, 9], 4, [0, 1, 2, 3, 4]),
         ([20, 1, 1, 1, 1], 3, [0, 1, 2, 5]),
+        ([1, 1, 1, 30, 1, 1, 1, 1], 4, [0, 3, 4, 5, 8]),
     ],
 )
 def test_events_are_cut_at_the_nearest_row_and_no_batch_is_empty(
