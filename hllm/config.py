@@ -384,7 +384,7 @@ class DatasetConfig:
     train_users: float = 1.0
     "Share of the training users that are trained on, drawn by split.seed; who is evaluated does not change."
     train_rows: TrainRows | None = None
-    "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
+    "windows (unset), prefixes; official: chunks (unset), its data_split. Of all: latest, the newest max_history + 1."
     max_history: int = 100
     "Newest events of a history that the user model sees."
     eval_history: int | None = None
@@ -415,7 +415,8 @@ class DatasetConfig:
         _require(0 < self.train_users <= 1, "dataset.train_users", self.train_users, "must be above 0 and at most 1")
         official = self.protocol is Protocol.leave_one_out_official
         if self.train_rows is not None:
-            allowed = (TrainRows.chunks, TrainRows.latest) if official else (TrainRows.windows, TrainRows.prefixes)
+            own = (TrainRows.chunks,) if official else (TrainRows.windows, TrainRows.prefixes)
+            allowed = (*own, TrainRows.latest)
             _require(
                 self.train_rows in allowed,
                 "dataset.train_rows",
@@ -440,7 +441,7 @@ class DatasetConfig:
         """The protocol with the parameters that it has: what stands beside every number."""
         shares = "/".join(f"{100 * share:g}" for share in self.split.fractions)
         name = self.protocol.name
-        if self.protocol is Protocol.leave_one_out_official and self.rows is TrainRows.latest:
+        if self.rows is TrainRows.latest:
             name += " latest"
         if self.protocol is Protocol.user_split:
             name += f" {shares} seed {self.split.seed}"

@@ -107,7 +107,8 @@ def transitions(found: Counter[Row]) -> Counter[Row]:
     )
 
 
-LEAVE_ONE_OUT = [(Protocol.leave_one_out, TrainRows.windows), (Protocol.leave_one_out, TrainRows.prefixes)]
+PLAIN = (TrainRows.windows, TrainRows.prefixes, TrainRows.latest)
+LEAVE_ONE_OUT = [(Protocol.leave_one_out, kind) for kind in PLAIN]
 OFFICIAL = [(Protocol.leave_one_out_official, TrainRows.chunks), (Protocol.leave_one_out_official, TrainRows.latest)]
 
 
