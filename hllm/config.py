@@ -392,7 +392,7 @@ class DatasetConfig:
     batch_size: int = 32
     "Training rows a step."
     batch_events: int | None = None
-    "Training events a step, as near as whole rows allow, in place of batch_size rows: steps cost alike."
+    "Training events a step, as near as whole rows allow, in place of batch_size rows, which then count for nothing."
     eval_batch_size: int = 256
     num_workers: int = 0
     text: TextConfig = field(default_factory=TextConfig)
