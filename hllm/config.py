@@ -384,13 +384,15 @@ class DatasetConfig:
     train_users: float = 1.0
     "Share of the training users that are trained on, drawn by split.seed; who is evaluated does not change."
     train_rows: TrainRows | None = None
-    "windows, prefixes; of leave_one_out_official: chunks (its data_split), latest. Unset: windows, there chunks."
+    "windows (unset), prefixes; official: chunks (unset), its data_split. Of all: latest, the newest max_history + 1."
     max_history: int = 100
     "Newest events of a history that the user model sees."
     eval_history: int | None = None
     "Of those, how many it sees in evaluation and recommendation; unset is all. At most max_history."
     batch_size: int = 32
     "Training rows a step."
+    batch_events: int | None = None
+    "Training events a step, as near as whole rows allow, in place of batch_size rows, which then count for nothing."
     eval_batch_size: int = 256
     num_workers: int = 0
     text: TextConfig = field(default_factory=TextConfig)
@@ -405,13 +407,16 @@ class DatasetConfig:
                 f"must be at least 1 and at most dataset.max_history={self.max_history}",
             )
         _at_least("dataset.batch_size", self.batch_size, 1)
+        if self.batch_events is not None:
+            _at_least("dataset.batch_events", self.batch_events, 1)
         _at_least("dataset.eval_batch_size", self.eval_batch_size, 1)
         _at_least("dataset.num_workers", self.num_workers, 0)
         _fraction("dataset.cold_items", self.cold_items)
         _require(0 < self.train_users <= 1, "dataset.train_users", self.train_users, "must be above 0 and at most 1")
         official = self.protocol is Protocol.leave_one_out_official
         if self.train_rows is not None:
-            allowed = (TrainRows.chunks, TrainRows.latest) if official else (TrainRows.windows, TrainRows.prefixes)
+            own = (TrainRows.chunks,) if official else (TrainRows.windows, TrainRows.prefixes)
+            allowed = (*own, TrainRows.latest)
             _require(
                 self.train_rows in allowed,
                 "dataset.train_rows",
@@ -436,7 +441,7 @@ class DatasetConfig:
         """The protocol with the parameters that it has: what stands beside every number."""
         shares = "/".join(f"{100 * share:g}" for share in self.split.fractions)
         name = self.protocol.name
-        if self.protocol is Protocol.leave_one_out_official and self.rows is TrainRows.latest:
+        if self.rows is TrainRows.latest:
             name += " latest"
         if self.protocol is Protocol.user_split:
             name += f" {shares} seed {self.split.seed}"
@@ -551,6 +556,12 @@ class ShardedConfig(DatasetConfig):
             "dataset.train_users",
             self.train_users,
             "dataset=sharded trains on all users of its shards: read the files by another dataset, or set 1",
+        )
+        _require(
+            self.batch_events is None,
+            "dataset.batch_events",
+            self.batch_events,
+            "dataset=sharded knows a shard's rows only once it is read: set dataset.batch_size in its place",
         )
         _require(
             self.num_workers == 0,

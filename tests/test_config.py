@@ -45,6 +45,7 @@ def test_wrong_keys_and_types_are_named(override: str, named: str) -> None:
         "dataset.eval_history=0",
         "dataset.eval_history=51",
         "dataset.batch_size=0",
+        "dataset.batch_events=0",
         "dataset.eval_batch_size=-1",
         "dataset.num_workers=-1",
         "llm.max_tokens=0",

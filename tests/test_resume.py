@@ -104,11 +104,12 @@ def assert_same_end(again: Path, unbroken: Path, first_step: int) -> None:
         ([], 7, 15),
         (["dataset.num_workers=2"], 7, 15),
         (["dataset.num_workers=2"], 0, 10),
+        (["dataset.batch_events=32"], 7, 15),
         (["dataset=sharded"], 7, 15),
         (["trainer.accumulate_grad_batches=2"], 3, 6),  # dies between the two halves of a step
         (["trainer.limit_train_batches=6"], 4, 9),
     ],
-    ids=["sequences", "workers", "workers at the end", "sharded", "accumulated", "limited"],
+    ids=["sequences", "workers", "workers at the end", "events", "sharded", "accumulated", "limited"],
 )
 def test_a_run_killed_within_an_epoch_goes_on_within_it(
     flags: list[str],
@@ -185,8 +186,10 @@ def test_two_processes_go_on_within_an_epoch(movielens_folder: Path, shards: Pat
     common += ["evaluation.ks=[5,10]", f"cache_dir={tmp_path / 'cache'}"]
     sequences = [f"dataset.root={movielens_folder}", "dataset.check_counts=false", "dataset.num_workers=1"]
     sharded = ["dataset=sharded", f"dataset.root={shards}"]
-    folders = [tmp_path / "sequences", tmp_path / "sharded"]
-    runs = [" ".join([str(folder), *data, *common]) for folder, data in zip(folders, (sequences, sharded), strict=True)]
+    events = [*sequences, "dataset.batch_events=32"]
+    data = {"sequences": sequences, "sharded": sharded, "events": events}
+    folders = [tmp_path / name for name in data]
+    runs = [" ".join([str(folder), *data[folder.name], *common]) for folder in folders]
     script = tmp_path / "two.py"
     script.write_text(TWO)
     done = subprocess.run(

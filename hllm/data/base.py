@@ -146,11 +146,11 @@ class DataModule(L.LightningDataModule, ABC):
             f"{self.config.name}: set dataset.root= to the folder with its files. {self.config.where}".strip()
         )
 
-    def _loader(self, dataset: Dataset[Batch], sampler: "EpochSampler", batch_size: int) -> DataLoader[Batch]:
+    def _loader(self, dataset: Dataset[Batch], batches: "Batches") -> DataLoader[Batch]:
         """A loader whose sampler yields whole batches of row numbers, so that a batch is gathered at once."""
         return EpochLoader(
             dataset,
-            batch_sampler=Batches(sampler, batch_size, drop_last=False),
+            batch_sampler=batches,
             collate_fn=_whole_batch,
             num_workers=self.config.num_workers,
             # forked workers share the mapped arrays; other ways of starting them would copy all events to each
@@ -172,14 +172,89 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
 
-class Batches(BatchSampler):
+class Batches(Sampler[list[int]], ABC):
     """Row numbers by batch, without the first ``skipped`` batches."""
 
-    sampler: EpochSampler
     skipped = 0
 
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
     def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(super().__iter__(), self.skipped, None)
+        return itertools.islice(self.whole_epoch(), self.skipped, None)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of every epoch, those that are skipped included."""
+
+    @abstractmethod
+    def whole_epoch(self) -> Iterator[list[int]]:
+        """All batches; the order is drawn with the first."""
+
+
+class RowBatches(Batches):
+    """Batches of ``batch_size`` rows; the last takes what is left."""
+
+    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+        super().__init__(sampler)
+        self.batches = BatchSampler(sampler, batch_size, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class EventBatches(Batches):
+    """Batches of like many events: the shuffled rows of all W processes, cut into n batches at the row ends that are
+    nearest to multiples of an n-th of all events; process r has batches r, r + W, ...
+
+    n is the same in every epoch and a multiple of W, so that steps can be counted and no process waits for another;
+    every row is in one batch. A batch's events differ from an n-th of all by at most those of the longest row, unless
+    that has more than an n-th: then some batches are smaller. Memory is 12 bytes a row, some 40 while the order is
+    drawn.
+
+    Args:
+        sampler: of this process, shuffled.
+        lengths: (N,) events of each row.
+        batch_events: of one process's step.
+    """
+
+    sampler: "RowSampler"
+
+    def __init__(self, sampler: "RowSampler", lengths: Array64, batch_events: int) -> None:
+        super().__init__(sampler)
+        self.lengths = lengths.astype(np.int32)
+        num_ranks = sampler.num_ranks
+        # rounded up to what all processes can share, and no batch is without a row
+        steps = -(-int(lengths.sum()) // (batch_events * num_ranks))
+        self.num_batches = min(steps, len(lengths) // num_ranks) * num_ranks
+
+    def __len__(self) -> int:
+        return self.num_batches // self.sampler.num_ranks
+
+    def whole_epoch(self) -> Iterator[list[int]]:
+        order = self.sampler.order().numpy()
+        cuts = event_cuts(self.lengths[order], self.num_batches)
+        for batch in range(self.sampler.rank, self.num_batches, self.sampler.num_ranks):
+            yield order[cuts[batch] : cuts[batch + 1]].tolist()
+
+
+def event_cuts(lengths: Array32, num_batches: int) -> Array64:
+    """(n + 1,) where n stretches of rows begin and the last ends, none empty, with as equally many events as goes.
+
+    Args:
+        lengths: (N,) int32 events of each row, at least n rows.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    nth = np.arange(1, num_batches)
+    # a row belongs where its middle lies
+    inner = np.searchsorted(ends - lengths / 2, nth * (ends[-1] / num_batches))
+    # where a row has a batch's events or more: each batch still begins a row behind the one before, and leaves one to
+    # each that follows
+    inner = np.maximum.accumulate(inner - nth).clip(0, len(lengths) - num_batches) + nth
+    return np.concatenate([[0], inner, [len(lengths)]])
 
 
 class EpochLoader(DataLoader[Batch]):
@@ -348,7 +423,11 @@ class SequenceDataModule(DataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rows = train_rows(self.events, self.splits.train_ends, self.config.max_history, self.config.rows)
-        return self._rows_loader(SequenceDataset(self.events, rows), self.config.batch_size, shuffle=True)
+        dataset = SequenceDataset(self.events, rows)
+        sampler = self._row_sampler(dataset, shuffle=True)
+        if self.config.batch_events is None:
+            return self._loader(dataset, RowBatches(sampler, self.config.batch_size))
+        return self._loader(dataset, EventBatches(sampler, rows.ends - rows.starts, self.config.batch_events))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self.splits.validation)
@@ -358,9 +437,10 @@ class SequenceDataModule(DataModule):
 
     def _evaluation_loader(self, rows: Rows) -> DataLoader[Batch]:
         dataset = SequenceDataset(self.events, rows, with_seen=True, whole=self.interactions)
-        return self._rows_loader(dataset, self.config.eval_batch_size, shuffle=False)
+        return self._loader(dataset, RowBatches(self._row_sampler(dataset, shuffle=False), self.config.eval_batch_size))
 
-    def _rows_loader(self, dataset: SequenceDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
+    def _row_sampler(self, dataset: SequenceDataset, shuffle: bool) -> "RowSampler":
+        """This process's rows; raises DataError where there are fewer than processes."""
         if len(dataset) == 0:
             needs = "2 training events" if shuffle else self.splits.needs
             raise DataError(
@@ -375,7 +455,7 @@ class SequenceDataModule(DataModule):
                 f"{self.config.name}: {len(dataset)} {'training' if shuffle else 'evaluation'} rows for {num_ranks} "
                 f"processes, and each needs one; lower trainer.devices or trainer.num_nodes to {len(dataset)} processes"
             )
-        return self._loader(dataset, RowSampler(len(dataset), shuffle, rank, num_ranks), batch_size)
+        return RowSampler(len(dataset), shuffle, rank, num_ranks)
 
 
 class RowSampler(EpochSampler):
@@ -399,12 +479,15 @@ class RowSampler(EpochSampler):
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:
             return iter(range(self.rank, self._end, self.num_ranks))
+        parts = self.order()[self.rank : self._end : self.num_ranks].split(1 << 16)
+        return (row for part in parts for row in part.tolist())
+
+    def order(self) -> torch.Tensor:
+        """(N,) int64 all rows as they are shuffled this epoch, the same in every process."""
         # alone as torch's RandomSampler, whose order follows the global state that a resumed run restores
         drawn = torch.empty((), dtype=torch.int64).random_() if self.num_ranks == 1 else None
         seed = torch.initial_seed() + self.epoch if drawn is None else int(drawn.item())
-        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
-        parts = order[self.rank : self._end : self.num_ranks].split(1 << 16)
-        return (row for part in parts for row in part.tolist())
+        return torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
 
 
 def _plain(config: object, names: Iterable[str]) -> dict[str, Any]:

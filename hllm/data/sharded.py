@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from hllm.config import DatasetConfig, ShardedConfig
-from hllm.data.base import DataModule, EpochSampler
+from hllm.data.base import DataModule, EpochSampler, RowBatches
 from hllm.data.schema import Array32, Array64, Batch, Interactions
 from hllm.data.sequences import SequenceDataset
 from hllm.data.shards import ShardFolder
@@ -103,7 +103,7 @@ class ShardedData(DataModule):
         seed = torch.initial_seed() % 2**32 if training else None
         sampler = ShardSampler(sizes, rank, world, seed, self.num_open)
         dataset = ShardedRows(sizes, lambda number: self._opened(number, part))
-        return self._loader(dataset, sampler, batch_size)
+        return self._loader(dataset, RowBatches(sampler, batch_size))
 
     def sizes(self, part: str) -> Array64:
         """(S,) rows that each shard gives: those of one made-up user a history length, times how many have it."""

@@ -182,7 +182,8 @@ def train_rows(interactions: Interactions, train_ends: Array64, max_history: int
     chunks: ByteDance's ``data_split=True`` (trainset.py, dataload.py). With S = ``max_history``, histories longer
         than S + 1 lose their oldest n mod (S + 1) events, the rest is cut into chunks of S + 1 events: a chunk's
         first event is never a target.
-    latest: ``data_split=False``: one row of the newest S + 1 events.
+    latest: its ``data_split=False``, and how SASRec is commonly trained: one row of the newest S + 1 events. Targets
+        are S transitions a user at most; older events are not trained on at all.
     """
     first = interactions.offsets[:-1]
     lengths = train_ends - first

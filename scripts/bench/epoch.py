@@ -4,10 +4,11 @@
 
 Each turn is a process of its own in the environment of its library: some epochs of training without validation, the
 first of which warms up. Rows of a table are compared by seconds per distinct transition, because an epoch is not the
-same everywhere: RecTools trains the newest L + 1 events of a user, ours all; torch-rechub has a row of every prefix of
-a history, and trains all positions of each, which repeats a transition up to L times. ``positions/s`` counts repeats
-too. RecTools' loss is its sampled softmax, 128 negatives for each position; torch-rechub's, which it calls NCE, is the
-full softmax. Of torch-rechub's epoch, and of no other, only --steps steps are timed.
+same everywhere: RecTools trains the newest L + 1 events of a user, ours all, but for the way named "the same
+transitions"; torch-rechub has a row of every prefix of a history, and trains all positions of each, which repeats a
+transition up to L times. ``positions/s`` counts repeats too. RecTools' loss is its sampled softmax, 128 negatives for
+each position; torch-rechub's, which it calls NCE, is the full softmax. Of torch-rechub's epoch, and of no other, only
+--steps steps are timed.
 """
 
 import argparse
@@ -56,6 +57,7 @@ class Match:
 def rectools(model: str, user: list[str]) -> Match:
     ours = {
         "ours, 128 negatives a position": [*user, *EACH],
+        "ours, 128 negatives a position, the same transitions": [*user, *EACH, "dataset.train_rows=latest"],
         "ours, 128 negatives a step": [*user, *SHARED],
         "ours, exact softmax": [*user, "loss=ce"],
         "ours, exact softmax, bf16": [*user, "loss=ce", *BF16],

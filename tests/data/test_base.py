@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig
-from hllm.data.base import Counts, RawFiles, RowSampler, SequenceDataModule
-from hllm.data.schema import Batch, Catalog
+from hllm.config import DatasetConfig, FilterConfig, Protocol, SplitConfig, TrainRows
+from hllm.data.base import Counts, EventBatches, RawFiles, RowBatches, RowSampler, SequenceDataModule, event_cuts
+from hllm.data.schema import Array64, Batch, Catalog
 from hllm.errors import DataError
 
 NUM_USERS, LENGTH = 9, 8
@@ -183,8 +183,9 @@ def test_a_batch_moves_to_a_device_with_all_its_parts(data: Made) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("given", [1, 3])
-def test_an_epoch_goes_on_in_another_process(data: Made, workers: int, given: int) -> None:
-    data.config.num_workers = workers
+@pytest.mark.parametrize("batch_events", [None, 8])
+def test_an_epoch_goes_on_in_another_process(data: Made, workers: int, given: int, batch_events: int | None) -> None:
+    data.config.num_workers, data.config.batch_events = workers, batch_events
     loader = data.train_dataloader()
     epoch = iter(loader)
     for _ in range(given):
@@ -206,13 +207,14 @@ def test_an_epoch_begins_with_its_first_batch(data: Made, workers: int) -> None:
     data.config.num_workers = workers
     sampler = RowSampler(6, True, 0, 2)  # which is shuffled by the epoch that Lightning tells it
     dataset = data.train_dataloader().dataset
-    epoch = iter(data._loader(dataset, sampler, 3))
+    epoch = iter(data._loader(dataset, RowBatches(sampler, 3)))
     sampler.set_epoch(5)
     assert targets(epoch) == targets([dataset.__getitems__(list(sampler))])
 
 
 def test_a_process_without_rows_has_an_empty_epoch(data: Made) -> None:
-    assert list(data._loader(data.test_dataloader().dataset, RowSampler(1, False, 1, 2), 3)) == []
+    batches = RowBatches(RowSampler(1, False, 1, 2), 3)
+    assert list(data._loader(data.test_dataloader().dataset, batches)) == []
 
 
 @pytest.mark.parametrize(("num_rows", "num_ranks"), [(10, 1), (10, 3), (9, 3), (2, 3)])
@@ -236,3 +238,71 @@ def test_each_epoch_is_shuffled_anew(num_ranks: int) -> None:
         sampler.set_epoch(epoch)
         epochs.append(list(sampler))
     assert epochs[0] != epochs[1]
+
+
+def event_batches(lengths: Array64, batch_events: int, rank: int = 0, num_ranks: int = 1) -> EventBatches:
+    return EventBatches(RowSampler(len(lengths), True, rank, num_ranks), lengths, batch_events)
+
+
+UNEVEN = np.random.default_rng(0).geometric(0.05, 500).clip(1, 100)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("batch_events", [1, 30, 400, 10**6])
+def test_batches_by_events_have_each_row_once_and_like_many_events(num_ranks: int, batch_events: int) -> None:
+    batches = [event_batches(UNEVEN, batch_events, rank, num_ranks) for rank in range(num_ranks)]
+    epochs = []
+    for epoch in range(2):
+        for own in batches:
+            own.sampler.set_epoch(epoch)
+        every = [list(own) for own in batches]
+        assert [len(own) for own in every] == [len(own) for own in batches]
+        assert len({len(own) for own in every}) == 1  # none waits for another
+        epochs.append(every)
+        rows = [row for own in every for batch in own for row in batch]
+        assert sorted(rows) == list(range(len(UNEVEN)))
+        events = np.array([UNEVEN[batch].sum() for own in every for batch in own])
+        assert events.max() <= UNEVEN.sum() / len(events) + UNEVEN.max()
+        if batch_events > UNEVEN.max():
+            assert events.min() >= UNEVEN.sum() / len(events) - UNEVEN.max()
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(("batch_events", "steps"), [(100, 5), (99, 6), (500, 1), (501, 1), (10, 10)])
+def test_an_epoch_by_events_has_as_few_batches_as_the_events_need(batch_events: int, steps: int) -> None:
+    assert len(event_batches(np.full(10, 50), batch_events)) == steps
+    assert len(event_batches(np.full(20, 50), batch_events, rank=1, num_ranks=2)) == steps
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_batches", "cuts"),
+    [
+        ([7], 1, [0, 1]),
+        ([5, 5, 5, 5], 2, [0, 2, 4]),
+        ([1, 1, 8, 1, 1], 3, [0, 2, 3, 5]),
+        ([9, 1, 1, 1], 4, [0, 1, 2, 3, 4]),
+        ([1, 1, 1, 9], 4, [0, 1, 2, 3, 4]),
+        ([20, 1, 1, 1, 1], 3, [0, 1, 2, 5]),
+        ([1, 1, 1, 30, 1, 1, 1, 1], 4, [0, 3, 4, 5, 8]),
+    ],
+)
+def test_events_are_cut_at_the_nearest_row_and_no_batch_is_empty(
+    lengths: list[int], num_batches: int, cuts: list[int]
+) -> None:
+    assert event_cuts(np.array(lengths, np.int32), num_batches).tolist() == cuts
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [TrainRows.windows, TrainRows.prefixes])
+def test_a_data_sets_batches_by_events_train_all_it_has(
+    make: Callable[..., Made], workers: int, kind: TrainRows
+) -> None:
+    by_rows, by_events = (make(train_rows=kind, num_workers=workers, batch_events=events) for events in (None, 9))
+    for data in (by_rows, by_events):
+        data.setup()
+    loader = by_events.train_dataloader()
+    batches = list(loader)
+    assert sorted(targets(batches)) == sorted(targets(by_rows.train_dataloader()))
+    events = [int(batch.mask.sum()) for batch in batches]
+    assert len(loader) == len(events) == -(-sum(events) // 9)
+    assert all(abs(found - sum(events) / len(events)) <= 4 for found in events)

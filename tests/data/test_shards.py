@@ -107,7 +107,8 @@ def transitions(found: Counter[Row]) -> Counter[Row]:
     )
 
 
-LEAVE_ONE_OUT = [(Protocol.leave_one_out, TrainRows.windows), (Protocol.leave_one_out, TrainRows.prefixes)]
+PLAIN = (TrainRows.windows, TrainRows.prefixes, TrainRows.latest)
+LEAVE_ONE_OUT = [(Protocol.leave_one_out, kind) for kind in PLAIN]
 OFFICIAL = [(Protocol.leave_one_out_official, TrainRows.chunks), (Protocol.leave_one_out_official, TrainRows.latest)]
 
 
@@ -664,6 +665,7 @@ def test_the_command_refuses(command: Callable[..., Any], tmp_path: Path, argume
     [
         ("dataset.protocol=temporal", r"dataset\.protocol=temporal: cuts by all users at once"),
         ("dataset.protocol=user_split", r"dataset\.protocol=user_split: cuts by all users at once"),
+        ("dataset.batch_events=9", r"dataset\.batch_events=9: dataset=sharded knows a shard's rows only once"),
         ("dataset.num_workers=1", r"dataset\.num_workers=1: dataset=sharded reads in the training process"),
         ("dataset.filter.min_user_events=5", r"dataset\.filter=.*: give filter and legacy_sort to python -m hllm\.sh"),
         ("dataset.legacy_sort=true", r"dataset\.filter=.*reads events as they were written"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hllm.config import DatasetConfig, Protocol, SplitConfig, TemporalTarget, TrainRows
 from hllm.data.schema import Interactions
 from hllm.data.splits import Rows, Splits, evaluated_users, keep_users, split, temporal_cuts, train_counts, train_rows
+from hllm.errors import ConfigError
 
 LEAVE_ONE_OUT = (Protocol.leave_one_out, Protocol.leave_one_out_official)
 MAX_HISTORIES = st.sampled_from([1, 2, 3, 7, 100])
@@ -75,7 +76,9 @@ def pairs(rows: Rows) -> list[tuple[int, int, int]]:
 
 
 def kinds(protocol: Protocol) -> tuple[TrainRows, ...]:
-    return tuple(TrainRows)[2:] if protocol is Protocol.leave_one_out_official else tuple(TrainRows)[:2]
+    official = protocol is Protocol.leave_one_out_official
+    own = [TrainRows.chunks] if official else [TrainRows.windows, TrainRows.prefixes]
+    return (*own, TrainRows.latest)
 
 
 @given(HISTORIES, PROTOCOLS)
@@ -241,6 +244,30 @@ def test_official_rows_are_those_of_bytedances_loop(lengths: list[int], max_hist
     }
     assert sorted(pairs(found[TrainRows.chunks])) == chunks
     assert pairs(found[TrainRows.latest]) == latest
+
+
+@given(HISTORIES, PROTOCOLS)
+@quickly
+def test_latest_is_one_row_of_each_users_newest_training_events(data: Interactions, config: DatasetConfig) -> None:
+    splits, size = split(data, config), config.max_history + 1
+    rows = train_rows(data, splits.train_ends, config.max_history, TrainRows.latest)
+    newest = [(user, own[-size:]) for user, own in enumerate(trained(data, splits)) if len(own) > 1]
+    assert pairs(rows) == [(user, own[0], own[-1]) for user, own in newest]
+    assert not rows.last_only  # each but the first is a target
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_the_protocols_name_says_that_only_the_newest_events_are_trained(protocol: Protocol) -> None:
+    config = dataset(protocol)
+    name = replace(config, train_rows=TrainRows.latest).protocol_name
+    assert name == config.protocol_name.replace(protocol.name, f"{protocol.name} latest")
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_rows_that_a_protocol_has_not_are_refused(protocol: Protocol) -> None:
+    for kind in set(TrainRows) - set(kinds(protocol)):
+        with pytest.raises(ConfigError, match=rf"dataset\.train_rows={kind.name}: .*choose of .*latest"):
+            replace(dataset(protocol), train_rows=kind)
 
 
 def test_25_events_and_windows_of_10_lose_their_oldest_3_and_make_two_chunks_of_11() -> None:
