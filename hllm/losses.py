@@ -109,12 +109,12 @@ def softmax_loss(
 
 
 def default_chunk_size(num_items: int, device: torch.device, products: torch.dtype = torch.float32) -> int:
-    """Positions whose scores stay near a core, 4 MiB, or fill 1 GiB of a GPU; at least 128, and 256 of 16 bits."""
+    """Positions whose scores stay near a core, 4 MiB, or fill 1 GiB of a GPU; at least 128, and 512 of 16 bits."""
     budget = 2**22 if device.type == "cpu" else 2**30
-    return max(budget // (products.itemsize * num_items), 512 // products.itemsize)
+    return max(budget // (products.itemsize * num_items), 128 if products is torch.float32 else 512)
 
 
-ITEM_BLOCK = 4096
+ITEM_BLOCK = 2048
 "Items whose gradients are added at a time."
 
 
