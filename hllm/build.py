@@ -31,6 +31,7 @@ from hllm.config import (
     LLMItemsConfig,
     LLMUserConfig,
     LossConfig,
+    LossKernel,
     NCELossConfig,
     Strategy,
     TrainerConfig,
@@ -267,6 +268,21 @@ def build_strategy(config: TrainerConfig) -> LightningStrategy | str:
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"trainer.strategy={config.strategy.name}: needs deepspeed; pip install hllm[deepspeed]")
     return DeepSpeedStrategy(stage=2 if config.strategy is Strategy.deepspeed_stage_2 else 3)
+
+
+def check_kernel(config: Config) -> None:
+    """Called before a run that trains; evaluation computes no loss.
+
+    Raises:
+        ConfigError: what loss.kernel needs is not there.
+    """
+    if not isinstance(config.loss, CELossConfig) or config.loss.kernel is LossKernel.chunked:
+        return
+    flag = f"loss.kernel={config.loss.kernel.name}"
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(f"{flag}: needs liger-kernel; pip install hllm[liger]")
+    if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"{flag}: needs a CUDA device, and this run is on a CPU; choose loss.kernel=chunked")
 
 
 def build_trainer(config: Config, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> L.Trainer:

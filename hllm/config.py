@@ -235,6 +235,13 @@ class ScoreDtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class LossKernel(Enum):
+    """What computes the exact softmax, chunk by chunk."""
+
+    chunked = "chunked"
+    liger = "liger"
+
+
 class Strategy(Enum):
     """How several processes share the work; ``auto`` is plain on one device and ddp on more."""
 
@@ -907,10 +914,19 @@ class CELossConfig(LossConfig):
     "A position does not score what its history holds: evaluation does not rank it either."
     products: ScoreDtype = ScoreDtype.float32
     "Of scores and probabilities in training, not of sums; bfloat16 is faster where the processor has it."
+    kernel: LossKernel = LossKernel.chunked
+    "chunked: ours, anywhere; liger: Liger's Triton kernel on a CUDA device, from the extra of that name."
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             _at_least("loss.chunk_size", self.chunk_size, 1)
+        for name, value, needed in (("mask_seen", self.mask_seen, False), ("chunk_size", self.chunk_size, None)):
+            _require(
+                self.kernel is LossKernel.chunked or value == needed,
+                f"loss.{name}",
+                value,
+                f"loss.kernel={self.kernel.name} does not know it: leave it out, or choose loss.kernel=chunked",
+            )
 
 
 @dataclass

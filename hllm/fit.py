@@ -5,7 +5,15 @@ from pathlib import Path
 
 import lightning as L
 
-from hllm.build import build_checkpoint, build_datamodule, build_module, build_trainer, pin_dtype, pin_template
+from hllm.build import (
+    build_checkpoint,
+    build_datamodule,
+    build_module,
+    build_trainer,
+    check_kernel,
+    pin_dtype,
+    pin_template,
+)
 from hllm.cli import quiet_libraries
 from hllm.config import Config
 from hllm.errors import HllmError
@@ -26,6 +34,7 @@ def train(config: Config, run_dir: Path) -> Evaluation:
             checkpoint's results), ranks.parquet (each test user's rank) and checkpoints/.
     """
     quiet_libraries()
+    check_kernel(config)
     config = pin_dtype(config)
     started = time.perf_counter()
     initial = None if config.init is None else read_weights(Path(config.init))  # a wrong file shows at once

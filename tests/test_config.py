@@ -138,6 +138,8 @@ def test_values_out_of_range_are_refused_with_flag_value_and_rule(override: str)
         (["items=fused", "items.id_dropout=1.0"], "items.id_dropout=1.0: must be at least 0 and below 1"),
         (["loss=gbce", "loss.calibration=1.5"], "loss.calibration=1.5: must be within"),
         (["loss=bce", "loss.num_negatives=0"], "loss.num_negatives=0: must be at least 1"),
+        (["loss.kernel=liger", "loss.mask_seen=true"], "loss.mask_seen=True: .* choose loss.kernel=chunked"),
+        (["loss.kernel=liger", "loss.chunk_size=64"], "loss.chunk_size=64: .* choose loss.kernel=chunked"),
         (["loss=nce", "loss.per_position=true"], "loss.in_batch=True: loss.per_position=true has uniform"),
         (["loss=nce_official_ids", "loss.distinct=true"], "loss.distinct=True: .* set false"),
         (["loss=nce_official_ids", "loss.similarity_threshold=0.9"], "loss.similarity_threshold=0.9: .* set null"),
@@ -184,6 +186,7 @@ def test_values_that_do_not_go_together_are_refused(overrides: list[str], messag
         ["user.time_reference=end", "user.time_buckets=none"],  # without time buckets it means nothing
         ["head=dot", "head.temperature=2.0"],
         ["loss=nce", "loss.num_negatives=0"],
+        ["loss.kernel=liger", "loss.products=bfloat16"],
         ["trainer.gradient_clip_val=null"],
         ["evaluation.ks=[5]", "callbacks.monitor=val/ndcg@5", "optimized_metric=val/mrr"],
         [HUB, "llm.model=/some/folder"],

@@ -1,6 +1,9 @@
 """Every loss against a few lines of plain arithmetic."""
 
+import importlib.util
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hllm.losses
-from hllm.config import BinaryLossConfig, CELossConfig, HeadConfig, NCELossConfig, ScoreDtype, Similarity, compose
+from hllm.build import check_kernel
+from hllm.config import (
+    BinaryLossConfig,
+    CELossConfig,
+    HeadConfig,
+    LossKernel,
+    NCELossConfig,
+    ScoreDtype,
+    Similarity,
+    compose,
+)
+from hllm.errors import ConfigError
 from hllm.head import SimilarityHead
 from hllm.losses import (
     BinaryLoss,
@@ -20,6 +34,7 @@ from hllm.losses import (
     binary_loss,
     calibration_beta,
     info_nce_loss,
+    liger_softmax_loss,
     own_nce_loss,
     own_scores,
     softmax_loss,
@@ -590,7 +605,7 @@ def test_bce_of_large_scores_is_finite() -> None:
     assert [gradient.item() for gradient in gradients(loss, positive, negative)] == pytest.approx([-0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [7, 4096])
+@pytest.mark.parametrize("block", [7, 2048])
 def test_products_in_bfloat16_give_nearly_the_same_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hllm.losses, "ITEM_BLOCK", block)
     torch.manual_seed(0)
@@ -602,6 +617,101 @@ def test_products_in_bfloat16_give_nearly_the_same_gradients(block: int, monkeyp
     )
     for one, other in zip(exact, rounded, strict=True):
         assert 0 < (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Liger's kernel runs: on a GPU, or on a CPU by triton's interpreter, which triton chooses when imported."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip('the extra is not installed: pip install "hllm[liger]"')
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU; with TRITON_INTERPRET=1 the kernel is interpreted")
+    return torch.device("cpu")
+
+
+@pytest.mark.parametrize("similarity", Similarity)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk_size", [3, 16, 500])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_ligers_kernel_equals_ours(
+    device: torch.device, similarity: Similarity, frozen: bool, chunk_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    users, items = torch.randn(50, 16, device=device), torch.randn(900, 16, device=device)
+    labels, found = torch.randint(900, (50,), device=device), []
+    for loss_of in (softmax_loss, liger_softmax_loss):
+        head = SimilarityHead(HeadConfig(similarity, temperature=0.3, learned=True)).to(device)
+        leaves = [users.clone().requires_grad_(), items.clone().requires_grad_(not frozen)]
+        loss = loss_of(
+            leaves[0], leaves[1], labels, head, chunk_size, dtype if loss_of is liger_softmax_loss else torch.float32
+        )
+        (3 * loss).backward()  # type: ignore[no-untyped-call]
+        assert loss.dtype is torch.float32
+        assert (leaves[1].grad is None) is frozen
+        found.append([loss, leaves[0].grad, head.log_scale.grad, *([] if frozen else [leaves[1].grad])])
+    for ours, ligers in zip(*found, strict=True):
+        assert (ours - ligers).norm() <= tolerance * ours.norm()
+
+
+def test_liger_scores_no_more_positions_at_a_time_than_told(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import liger_kernel.ops.fused_linear_cross_entropy as liger
+
+    kernel, rows = liger.liger_cross_entropy_kernel, []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            rows.append(grid[0])
+            return kernel[grid]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(liger, "liger_cross_entropy_kernel", Recorded())
+    labels = torch.zeros(100, device=device).long()
+    liger_softmax_loss(
+        torch.randn(100, 4, device=device), torch.randn(3000, 4, device=device), labels, DOT.to(device), 20
+    )
+    assert rows == [16] * 6 + [4]
+
+
+def test_no_position_gives_ligers_kernel_a_loss_of_zero() -> None:
+    users, items = torch.empty(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = liger_softmax_loss(users, items, torch.empty(0, dtype=torch.int64), HEAD, 8)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+    assert items.grad is not None
+    assert not items.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("installed", "accelerator", "message"),
+    [
+        (False, "auto", r"needs liger-kernel; pip install hllm\[liger\]$"),
+        (True, "cpu", r"needs a CUDA device, .* choose loss\.kernel=chunked$"),
+        (True, "auto", r"needs a CUDA device, .* choose loss\.kernel=chunked$"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_before_training(
+    installed: bool, accelerator: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: accelerator == "cpu")
+    config = compose(["loss=ce", "loss.kernel=liger", f"trainer.accelerator={accelerator}"])
+    with pytest.raises(ConfigError, match=rf"^loss\.kernel=liger: {message}"):
+        check_kernel(config)
+    check_kernel(compose(["loss=ce"]))
+
+
+def test_the_config_chooses_the_kernel(vectors: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("hllm.losses.liger_softmax_loss", lambda *args: given.extend(args) or torch.tensor(7.0))
+    loss = CrossEntropyLoss(CELossConfig("ce", "", products=ScoreDtype.bfloat16, kernel=LossKernel.liger))
+    targets = torch.arange(11) % 7 + 1
+    value, negatives = loss(*vectors, loss.candidates(targets, num_items=7), targets, HEAD)
+    assert (value.item(), negatives.item()) == (7, 6)
+    assert torch.equal(given[2], targets - 1)
+    assert given[-1] is torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

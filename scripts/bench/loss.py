@@ -4,11 +4,13 @@
     python scripts/bench/loss.py --positions 8192 --width 256 --items 3706 100000 1000000        # a GPU
 
 Plain is F.cross_entropy(users @ items.T) under autograd, in float32; where its scores would take more than --plain-gb
-three times over it is left out. ``frozen`` has item vectors that are not trained. torch has chunks of its own from 2.13
-on; here they are as long as ours. The losses and gradients are compared before anything is timed. ``of peak``: three
-products with the items, two where they are frozen, over what the device's large products reach in the way's dtype.
+three times over it is left out. ``frozen`` has item vectors that are not trained. torch has chunks of its own from
+2.13 on; here they are as long as ours. Liger's kernel stands beside ours on a GPU that has the extra ``liger``. The
+losses and gradients are compared before anything is timed. ``of peak``: three products with the items, two where they
+are frozen, over what the device's large products reach in the way's dtype.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from measure import Table, finish, in_turns, of_peak, parser
 
 from hllm.config import HeadConfig, Similarity
 from hllm.head import SimilarityHead
-from hllm.losses import default_chunk_size, softmax_loss
+from hllm.losses import default_chunk_size, liger_softmax_loss, softmax_loss
 
 
 def main() -> None:
@@ -44,10 +46,12 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     labels = torch.randint(num_items, (args.positions,), generator=generator).to(device)
     head = SimilarityHead(HeadConfig(similarity=Similarity.dot, temperature=1.0)).to(device)
 
-    def ours(products: torch.dtype, frozen: bool = False) -> Callable[[], Tensor]:
+    def ours(
+        products: torch.dtype, frozen: bool = False, loss: Callable[..., Tensor] = softmax_loss
+    ) -> Callable[[], Tensor]:
         table = items.detach() if frozen else items
         chunk = default_chunk_size(num_items, device, products)
-        return lambda: step(softmax_loss(users, table, labels, head, chunk, products))
+        return lambda: step(loss(users, table, labels, head, chunk, products))
 
     def autocast_plain() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -74,6 +78,10 @@ def measure(args, num_items: int) -> Table:  # type: ignore[no-untyped-def]
     ways["ours, bfloat16 products"] = ours(torch.bfloat16)
     ways["ours, float32, frozen"] = ours(torch.float32, frozen=True)
     ways["ours, bfloat16 products, frozen"] = ours(torch.bfloat16, frozen=True)
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        ways["Liger's kernel, float32"] = ours(torch.float32, loss=liger_softmax_loss)
+        ways["Liger's kernel, bfloat16 products"] = ours(torch.bfloat16, loss=liger_softmax_loss)
+        ways["Liger's kernel, bfloat16 products, frozen"] = ours(torch.bfloat16, True, liger_softmax_loss)
     check(ways, users, items)
     seconds, megabytes = in_turns(ways, args)
     product = 2 * args.positions * args.width * num_items
