@@ -149,8 +149,8 @@ def default_chunk_size(num_items: int, device: torch.device, products: torch.dty
     return max(budget // (products.itemsize * num_items), 128 if products is torch.float32 else 512)
 
 
-ITEM_BLOCK = 2048
-"Items whose gradients are added at a time."
+PRODUCT_ROWS = 2048
+"Of a product in 16 bits whose sum is in float32, so many rows at a time, which are then still in a core's cache."
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -188,11 +188,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # over itself where each row is read before it is written: tests have that for CPUs only
             chance = torch.softmax(scores, dim=1, out=scores if scores.device.type == "cpu" else None)
             total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
-            users_grad[part] += chance @ rounded_items
+            _add_product(users_grad[part], chance, rounded_items)
             if items_grad is not None:
-                # some items at a time, whose products are then still in a core's cache
-                for own, chances in zip(items_grad.split(ITEM_BLOCK), chance.split(ITEM_BLOCK, dim=1), strict=True):
-                    own += chances.T @ chunk
+                _add_product(items_grad, chance.T, chunk)
         ctx.gradients = users_grad, items_grad
         return total
 
@@ -205,6 +203,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("a second backward pass through the exact softmax: compute the loss again")
         users_grad, items_grad = (None if part is None else part.mul_(grad) for part in gradients)
         return users_grad, items_grad, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total`` in float32 grows by a product, in place."""
+    if left.dtype is total.dtype:
+        total.addmm_(left, right)
+        return
+    size = PRODUCT_ROWS if total.device.type == "cpu" else len(total)
+    for rows, part in zip(total.split(size), left.split(size), strict=True):
+        rows += part @ right
 
 
 def _leave_out(scores: Tensor, rows: Tensor, label: Tensor) -> None:

@@ -607,7 +607,7 @@ def test_bce_of_large_scores_is_finite() -> None:
 
 @pytest.mark.parametrize("block", [7, 2048])
 def test_products_in_bfloat16_give_nearly_the_same_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hllm.losses, "ITEM_BLOCK", block)
+    monkeypatch.setattr(hllm.losses, "PRODUCT_ROWS", block)
     torch.manual_seed(0)
     users, items = torch.randn(40, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
     labels = torch.randint(90, (40,))
