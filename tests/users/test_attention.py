@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hllm.config import AttentionPath
-from hllm.users.attention import MOST_EVENTS, causal_attention
+from hllm.errors import ConfigError
+from hllm.users import attention
+from hllm.users.attention import MOST_EVENTS, causal_attention, fastest
 
 
-def states(length: int = 7, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries, keys and values of 3 users and 2 heads of 4, and a bias with the causal mask in it."""
+def states(length: int = 7, dtype: torch.dtype = torch.float32, width: int = 4) -> list[Tensor]:
+    """Queries, keys and values of 3 users and 2 heads, and a bias with the causal mask in it."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(3, 2, length, 4, generator=generator).to(dtype) for _ in range(3)]
+    made = [torch.randn(3, 2, length, width, generator=generator).to(dtype) for _ in range(3)]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     bias = torch.randn(2, length, length, generator=generator).to(dtype).masked_fill(future, float("-inf"))
     return [part.requires_grad_() for part in (*made, bias)]
@@ -29,6 +31,44 @@ def test_written_out_it_has_the_kernels_output_and_gradients(biased: bool) -> No
         found.append([out, *(grad.nan_to_num() for grad in grads if grad is not None)])
     assert len(found[0]) == 4 + biased
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("biased", [False, True])
+def test_flex_attention_on_a_cpu_has_the_same_output(biased: bool, mode: type) -> None:
+    for length in (7, 130, 8):
+        q, k, v, bias = (part.detach() for part in states(length))
+        with mode():
+            plain, flex = (
+                causal_attention(q, k, v, bias if biased else None, 0.0, path)
+                for path in (AttentionPath.plain, AttentionPath.flex)
+            )
+        torch.testing.assert_close(flex, plain)
+
+
+def test_a_block_mask_made_in_an_evaluation_can_be_used_in_training() -> None:
+    with torch.inference_mode():
+        mask = attention._kept_blocks(9, torch.device("cpu"))
+    assert attention._kept_blocks(9, torch.device("cpu")) is mask
+    assert not mask.kv_indices.is_inference()
+
+
+def test_flex_attention_is_not_trained_on_a_cpu() -> None:
+    q, k, v, bias = states()
+    with pytest.raises(ConfigError, match=r"user\.attention=flex: has no backward pass on a CPU; set auto"):
+        causal_attention(q.detach(), k.detach(), v.detach(), bias, 0.0, AttentionPath.flex)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has no backward pass on a CPU")
+@pytest.mark.parametrize("length", [300, 128, 1000])
+def test_flex_attention_has_the_plain_gradients_on_a_gpu(length: int) -> None:
+    found = []
+    for path in (AttentionPath.plain, AttentionPath.flex):
+        parts = [part.detach().cuda().requires_grad_() for part in states(length, width=16)]
+        causal_attention(*parts, 0.0, path).sin().sum().backward()
+        found.append([part.grad.nan_to_num() for part in parts])
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
 
 
 def test_in_bfloat16_they_are_as_near_to_float32_as_one_another() -> None:
@@ -59,6 +99,54 @@ def test_a_cpu_takes_the_kernel_where_it_is_fast(
     q, k, v, bias = states(length, dtype)
     causal_attention(q, k, v, bias if biased else None, 0.0)
     assert bool(calls) is kernel
+
+
+LONG = MOST_EVENTS + 1
+
+
+@pytest.mark.parametrize(
+    ("case", "compiles", "path"),
+    [
+        ((torch.bfloat16, LONG, 16, True, 0.0), True, AttentionPath.flex),
+        ((torch.float32, LONG, 16, True, 0.0), True, AttentionPath.flex),
+        ((torch.bfloat16, LONG, 16, True, 0.0), False, AttentionPath.kernel),
+        ((torch.bfloat16, LONG, 16, False, 0.0), True, AttentionPath.kernel),
+        ((torch.bfloat16, LONG, 16, True, 0.1), True, AttentionPath.kernel),
+        ((torch.bfloat16, LONG, 8, True, 0.0), True, AttentionPath.kernel),
+        ((torch.float64, LONG, 16, True, 0.0), True, AttentionPath.kernel),
+        ((torch.bfloat16, MOST_EVENTS, 16, True, 0.0), True, AttentionPath.kernel),
+    ],
+)
+def test_a_gpu_takes_flex_attention_for_long_rows_under_a_bias_if_it_can(
+    case: tuple[torch.dtype, int, int, bool, float],
+    compiles: bool,
+    path: AttentionPath,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "can_compile", lambda device: compiles)
+    assert fastest(torch.device("cuda"), *case) is path
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "capability", "found"),
+    [
+        (True, "gcc", (8, 0), True),
+        (False, "gcc", (8, 0), False),
+        (True, None, (8, 0), False),
+        (True, "gcc", (6, 1), False),
+    ],
+)
+def test_a_gpu_gets_kernels_where_triton_and_a_c_compiler_are(
+    triton: bool, compiler: str | None, capability: tuple[int, int], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(attention, "find_spec", lambda name: name if triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    attention._has_triton.cache_clear()
+    assert attention.can_compile(torch.device("cuda")) is found
+    assert not attention.can_compile(torch.device("cpu"))
+    attention._has_triton.cache_clear()
 
 
 @pytest.mark.parametrize("path", [AttentionPath.kernel, AttentionPath.plain])
