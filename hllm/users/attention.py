@@ -86,7 +86,11 @@ def _has_triton(device: torch.device) -> bool:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For tensors of any size; compiled once in a process, at its first call, which takes some 20 s."""
+    """For tensors of any size; compiled once in a process, when it is first called, which takes some 20 s."""
+    import torch._dynamo.config as limits  # seconds to import
+
+    # tiles that begin elsewhere, single users and evaluations are a form each, some ten; torch gives up after eight
+    limits.recompile_limit = max(limits.recompile_limit, 32)
     found: Callable[..., Any] = torch.compile(function, dynamic=True)
     return found
 
