@@ -193,6 +193,7 @@ class AttentionPath(Enum):
     auto = "auto"
     kernel = "kernel"
     plain = "plain"
+    flex = "flex"
 
 
 class Activation(Enum):
@@ -823,7 +824,7 @@ class TransformerConfig(UserConfig):
     num_time_buckets: int = 2048
     relative_position_bias: bool = False
     attention: AttentionPath = AttentionPath.auto
-    "kernel: torch's fused one; plain: its products written out; auto: whichever is faster here."
+    "kernel: torch's fused one; plain: its products written out; flex: FlexAttention; auto: whichever is faster here."
 
     def __post_init__(self) -> None:
         self.check_times(reads_times=False)
@@ -833,6 +834,11 @@ class TransformerConfig(UserConfig):
         _require(self.norm_eps > 0, "user.norm_eps", self.norm_eps, "must be above 0")
         _fraction("user.dropout", self.dropout)
         _fraction("user.attention_dropout", self.attention_dropout)
+        if self.attention is AttentionPath.flex:
+            rule = "attention=flex drops no weights: set 0, or user.attention=auto"
+            _require(self.attention_dropout == 0, "user.attention_dropout", self.attention_dropout, rule)
+            rule = f"attention=flex needs heads 16 wide: at most {self.dim // 16} of user.dim={self.dim}"
+            _require(self.dim >= 16 * self.num_heads, "user.num_heads", self.num_heads, rule)
         _at_least("user.num_time_buckets", self.num_time_buckets, 2)
 
 

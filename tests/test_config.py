@@ -144,6 +144,8 @@ def test_values_out_of_range_are_refused_with_flag_value_and_rule(override: str)
         (["loss=nce_official_ids", "loss.distinct=true"], "loss.distinct=True: .* set false"),
         (["loss=nce_official_ids", "loss.similarity_threshold=0.9"], "loss.similarity_threshold=0.9: .* set null"),
         (["user=llm", "user.num_layers=0"], "user.num_layers=0: must be at least 1"),
+        (["user.attention=flex", "user.attention_dropout=0.1"], "user.attention_dropout=0.1: attention=flex drops no"),
+        (["user.attention=flex", "user.num_heads=8"], "user.num_heads=8: attention=flex .* at most 4 of user.dim=64"),
         (["user=hstu", "user.dim=7", "user.num_heads=2"], "user.num_heads=2: must divide user.dim=7"),
         (["user=hstu", "user.qk_dim=0"], "user.qk_dim=0: must be at least 1"),
         (["user=hstu", "user.num_time_buckets=1"], "user.num_time_buckets=1: must be at least 2"),

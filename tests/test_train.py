@@ -122,6 +122,12 @@ def test_other_choices_train_too(run_training: Callable[..., Run], overrides: li
     assert run.evaluation.results["test"]["all"]["mrr"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains so")
+def test_flex_attention_is_refused_by_the_first_step_on_a_cpu(run_training: Callable[..., Run]) -> None:
+    with pytest.raises(ConfigError, match=r"^user\.attention=flex: has no backward pass on a CPU; set auto$"):
+        run_training("items=id", "user.attention=flex", "user.num_heads=1", "user.relative_position_bias=true")
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(run_training: Callable[..., Run]) -> None:
     run = run_training("items=id", "trainer.max_epochs=50", "callbacks.patience=1", "optimizer.lr=1e-8")
     assert json.loads((run.folder / "metrics.json").read_text())["epochs"] < 10

@@ -130,8 +130,7 @@ class LLMItems(HoldsLLM, ItemTower):
     def _encode(self, rows: Array64, words: "Words") -> Tensor:
         """(b,) rows -> (b, E), in one call of the model; under grad_cache its activations are not kept."""
         encode: Callable[[Array64, Words], Tensor] = self._padded
-        device = words.vectors.device
-        if packs(self.model, self.llm.packing, device, product_dtype(device, self.model.dtype)):
+        if self.packs(words.vectors.device):
             encode = self._packed
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
             if self.config.grad_cache and torch.is_grad_enabled():
@@ -144,6 +143,10 @@ class LLMItems(HoldsLLM, ItemTower):
                 )
                 return again
             return encode(rows, words)
+
+    def packs(self, device: torch.device) -> bool:
+        """Whether texts go through the model end to end there."""
+        return packs(self.model, self.llm.packing, device, product_dtype(device, self.model.dtype))
 
     def _padded(self, rows: Array64, words: "Words") -> Tensor:
         device = words.vectors.device

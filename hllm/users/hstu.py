@@ -14,7 +14,7 @@ B users, L history length, T events of a batch, H heads, D width.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hllm.compiling import compiled
 from hllm.config import HSTUConfig
 from hllm.users.layout import Layout
 from hllm.users.position import place_vectors
@@ -45,7 +46,8 @@ class PointwiseAttention(torch.autograd.Function):
     """sum_j SiLU(q_i k_j + bias_ij) v_j / n over j <= i, with biases looked up where they are used.
 
     Scores are computed again in the backward pass, a few rows at a time, so that they stay in a core's cache: kept
-    whole they are B H L L numbers, and every one of some twenty passes over them goes through memory.
+    whole they are B H L L numbers, and every one of some twenty passes over them goes through memory. A GPU has no such
+    cache: ``fuse`` has torch.compile make few passes of them.
     """
 
     @staticmethod
@@ -58,24 +60,26 @@ class PointwiseAttention(torch.autograd.Function):
         time_bias: Tensor | None,
         buckets: Tensor | None,
         n: int,
+        fuse: bool = False,
     ) -> Tensor:
         """(B, H, L, E), (B, H, L, E), (B, H, L, V), (>= L,) by distance, (T,) by bucket, (B, L, L) -> (B, H, L, V)."""
         ctx.save_for_backward(q, k, v, position_bias, time_bias, buckets)
-        ctx.n = n
+        ctx.n, ctx.fuse = n, fuse
+        weigh, _ = _bodies(fuse)
         future, by_distance = _future(q), _by_distance(position_bias, q.shape[2])
         out = torch.empty_like(v)
-        for rows, queries, keys in _tiles(q):
-            scores = _scores(
-                q[rows, :, queries], k[rows, :, keys], by_distance, time_bias, buckets, (rows, queries, keys)
-            )
-            F.silu(scores, inplace=True).masked_fill_(future[queries, keys], 0)
-            out[rows, :, queries] = scores @ v[rows, :, keys] / n
+        for tile in _tiles(q):
+            rows, queries, keys = tile
+            biases = _cut(by_distance, tile[1:]), time_bias, _cut(buckets, tile)
+            weights = weigh(q[rows, :, queries], k[rows, :, keys], *biases, future[queries, keys])
+            out[rows, :, queries] = weights @ v[rows, :, keys] / n
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position_bias, time_bias, buckets = ctx.saved_tensors
+        _, differentiate = _bodies(ctx.fuse)
         length, future = q.shape[2], _future(q)
         by_distance = _by_distance(position_bias, length)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -83,15 +87,12 @@ class PointwiseAttention(torch.autograd.Function):
         pairs = q.new_zeros(length, length, dtype=summed)  # gradients of scores, summed over users and heads
         time_grad = None if time_bias is None else torch.zeros_like(time_bias, dtype=summed)
         grad = grad / ctx.n
-        for rows, queries, keys in _tiles(q):
-            tile, query, key = (rows, queries, keys), q[rows, :, queries], k[rows, :, keys]
-            scores = _scores(query, key, by_distance, time_bias, buckets, tile)
-            gate = torch.sigmoid(scores)
-            weights = (scores * gate).masked_fill_(future[queries, keys], 0)
-            v_grad[rows, :, keys] += weights.mT @ grad[rows, :, queries]
-            # d SiLU(s) / ds = g + s g (1 - g)
-            slope = gate.masked_fill(future[queries, keys], 0).addcmul_(weights, 1 - gate)
-            slope *= grad[rows, :, queries] @ v[rows, :, keys].mT
+        for tile in _tiles(q):
+            rows, queries, keys = tile
+            query, key, out_grad = q[rows, :, queries], k[rows, :, keys], grad[rows, :, queries]
+            biases = _cut(by_distance, tile[1:]), time_bias, _cut(buckets, tile)
+            weights, slope = differentiate(query, key, v[rows, :, keys], out_grad, *biases, future[queries, keys])
+            v_grad[rows, :, keys] += weights.mT @ out_grad
             q_grad[rows, :, queries] = slope @ key
             k_grad[rows, :, keys] += slope.mT @ query
             if position_bias is not None:
@@ -102,7 +103,7 @@ class PointwiseAttention(torch.autograd.Function):
                 time_grad += torch.bincount(buckets[tile].flatten(), flat, minlength=len(time_grad))
         position_grad = None if position_bias is None else _sum_by_distance(pairs, len(position_bias))
         time_grad = None if time_grad is None else time_grad.to(time_bias.dtype)
-        return q_grad, k_grad, v_grad, position_grad, time_grad, None, None
+        return q_grad, k_grad, v_grad, position_grad, time_grad, None, None, None
 
 
 def _tiles(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -140,21 +141,60 @@ def _sum_by_distance(pairs: Tensor, size: int) -> Tensor:
     return torch.bincount(distance.flatten(), pairs.flatten().float(), minlength=size).to(pairs.dtype)
 
 
-def _scores(
+def _cut(pairs: Tensor | None, tile: tuple[slice, ...]) -> Tensor | None:
+    return None if pairs is None else pairs[tile]
+
+
+# The maths of a tile: C users, Q queries, K keys. What is written into is made there.
+
+
+def _bodies(fuse: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """``_weights`` and ``_slopes``, compiled or plain."""
+    return (compiled(_weights), compiled(_slopes)) if fuse else (_weights, _slopes)
+
+
+def _weights(
     query: Tensor,
     key: Tensor,
     by_distance: Tensor | None,
     time_bias: Tensor | None,
-    buckets: Tensor | None,
-    tile: tuple[slice, slice, slice],
+    bucket: Tensor | None,
+    future: Tensor,
 ) -> Tensor:
-    """(C, H, Q, E), (C, H, K, E), (L, L), (T,), (B, L, L) -> (C, H, Q, K)."""
+    """SiLU of the scores: as ``_scores``, and (Q, K) bool -> (C, H, Q, K)."""
+    scores = _scores(query, key, by_distance, time_bias, bucket)
+    return F.silu(scores, inplace=True).masked_fill_(future, 0)
+
+
+def _slopes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    by_distance: Tensor | None,
+    time_bias: Tensor | None,
+    bucket: Tensor | None,
+    future: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weights again, and the gradient of the scores under ``grad`` (C, H, Q, V) of what they weigh."""
+    scores = _scores(query, key, by_distance, time_bias, bucket)
+    gate = torch.sigmoid(scores)
+    weights = (scores * gate).masked_fill_(future, 0)
+    # d SiLU(s) / ds = g + s g (1 - g)
+    slope = gate.masked_fill(future, 0).addcmul_(weights, 1 - gate)
+    slope *= grad @ value.mT
+    return weights, slope
+
+
+def _scores(
+    query: Tensor, key: Tensor, by_distance: Tensor | None, time_bias: Tensor | None, bucket: Tensor | None
+) -> Tensor:
+    """(C, H, Q, E), (C, H, K, E), (Q, K), (T,), (C, Q, K) -> (C, H, Q, K)."""
     scores = query @ key.mT
     if by_distance is not None:
-        scores += by_distance[tile[1:]]
+        scores += by_distance
     if time_bias is not None:
-        assert buckets is not None
-        bucket = buckets[tile]
+        assert bucket is not None
         scores += time_bias.index_select(0, bucket.flatten()).view(bucket.shape)[:, None]
     return scores
 
@@ -165,7 +205,7 @@ class HSTUBlock(nn.Module):
     def __init__(self, config: HSTUConfig, max_history: int) -> None:
         super().__init__()
         heads, width = config.num_heads, config.dim // config.num_heads
-        self.num_heads, self.max_history, self.dropout = heads, max_history, config.dropout
+        self.num_heads, self.max_history, self.dropout, self.fuse = heads, max_history, config.dropout, config.compile
         self.sizes = [heads * (config.v_dim or width)] * 2 + [heads * (config.qk_dim or width)] * 2
         self.uvqk = nn.Linear(config.dim, sum(self.sizes), bias=False)
         nn.init.normal_(self.uvqk.weight, std=0.02)
@@ -191,7 +231,7 @@ class HSTUBlock(nn.Module):
         )
         with torch.autocast(vqk.device.type, enabled=False):
             biases = [None if bias is None else bias.to(q.dtype) for bias in (self.position_bias, self.time_bias)]
-            attended: Tensor = PointwiseAttention.apply(q, k, v, *biases, buckets, self.max_history)  # type: ignore[no-untyped-call]
+            attended: Tensor = PointwiseAttention.apply(q, k, v, *biases, buckets, self.max_history, self.fuse)  # type: ignore[no-untyped-call]
         return attended.transpose(1, 2).flatten(2)
 
 

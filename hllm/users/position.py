@@ -67,7 +67,7 @@ class TimeEmbedding(nn.Module):
 class RelativePositionBias(nn.Module):
     """A learned attention bias for each head and distance, shared by all layers (T5's form, one bucket a distance).
 
-    It forces attention off the fused kernels.
+    Attention then leaves the kernels that run by sequence; on a GPU ``user.attention=flex`` looks the bias up in one.
     """
 
     def __init__(self, max_history: int, num_heads: int) -> None:

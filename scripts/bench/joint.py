@@ -233,7 +233,7 @@ class Bench:
             calls = [step.filled.flatten().cpu().numpy() - 1, negatives.cpu().numpy() - 1]
             users = [(len(batch), self.shape.positions)]
         else:
-            calls, users = [distinct], [(len(batch), batch.mask.shape[1])]
+            calls, users = [distinct], [(1, length) for length in histories] if packed else [tuple(batch.mask.shape)]
         encoded = [group for rows in calls for group in encoded_lengths(self.items, rows, packed, self.device)]
         tokens = sum(items * length for items, length in encoded)
         items_forward = forward_flops(self.items.model, encoded, not way.official and self.items._last is not None)

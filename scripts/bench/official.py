@@ -68,7 +68,7 @@ class OfficialWay(nn.Module):
     def encode(self, ids: Tensor) -> Tensor:
         """(n,) item ids, each occurrence for itself -> (n, D)."""
         rows = ids.cpu().numpy() - 1
-        if self.items._packs(ids.device):
+        if self.items.packs(ids.device):
             return self._packed(rows, ids.device)
         work = divide(self.items.tokens.lengths[rows] + 1, self.items._budget(ids.device), 1)
         vectors = torch.cat([self._padded(rows[part], ids.device) for part in work.parts(0)])
@@ -105,7 +105,7 @@ class OfficialWay(nn.Module):
 
 def packing(items: LLMItems, device: torch.device) -> Packing:
     """What ``llm.packing=auto`` is here."""
-    return Packing.packed if items._packs(device) else Packing.padded
+    return Packing.packed if items.packs(device) else Packing.padded
 
 
 def encoded_lengths(items: LLMItems, rows: Any, packed: bool, device: torch.device) -> list[tuple[int, int]]:
