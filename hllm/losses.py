@@ -327,7 +327,7 @@ def info_nce_loss(
     mask = _mask(items, rows, labels, head, excluded, similarity_threshold)
     if len(rows) == len(items) > 0 and log_weights is None and mask is None and head.score_dtype is torch.float32:
         # a target's score as a negative is its score as the positive: the softmax over all candidates, at no more cost
-        negatives = torch.tensor(len(items) - 1.0 if len(targets) > 0 else 0.0, device=items.device)
+        negatives = torch.full((), len(items) - 1.0 if len(targets) > 0 else 0.0, device=items.device)
         return softmax_loss(users, items, labels, head, chunk_size), negatives
     own = torch.searchsorted(rows, labels).clamp(max=max(len(rows) - 1, 0))
     with torch.autocast(users.device.type, enabled=False):
@@ -485,7 +485,7 @@ def calibration_beta(num_items: int, num_negatives: int, calibration: float) -> 
 def _count(negative: Tensor, excluded: Tensor | None) -> Tensor:
     """() negatives of a position on average."""
     if excluded is None:  # a pass over (N, K) less
-        return negative.new_tensor(negative.shape[1] if len(negative) else 0)
+        return negative.new_full((), negative.shape[1] if len(negative) else 0)
     return (negative > LEFT_OUT).sum().float() / max(len(negative), 1)
 
 
@@ -519,7 +519,7 @@ class CrossEntropyLoss(Loss):
         else:
             rows = None if seen is None else seen - 1
             loss = softmax_loss(users, items, targets - 1, head, chunk_size, self.products, rows)
-        return loss, loss.new_tensor(len(items) - 1)
+        return loss, loss.new_full((), len(items) - 1)
 
 
 class NCELoss(Loss):

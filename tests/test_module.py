@@ -359,6 +359,26 @@ def test_a_step_without_a_supervised_position_is_a_loss_of_0(module: Recommender
     assert not gradient.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA device can be waited for")
+def test_a_step_of_the_exact_softmax_does_not_wait_for_the_device(
+    run_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recommender, "log", lambda *args, **kwargs: None)
+    config = run_config("items=id")
+    data = build_datamodule(config)
+    module, batch = build_module(config, data).to("cuda"), next(iter(data.train_dataloader())).to("cuda")
+    module.training_step(batch, 0).backward()  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = module.training_step(batch, 0)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
 def test_lookup_gathers_by_id() -> None:
     ids, vectors = torch.tensor([2, 5, 9]), torch.eye(3)
     wanted = torch.tensor([[9, 2], [5, 5]])
