@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.config import Adaptor, CachedItemsConfig, FusedItemsConfig, IdItemsConfig, TargetSide, Transform
+from hllm.dropout import Dropout
 from hllm.errors import ConfigError
 from hllm.items.store import ItemTable
 
@@ -62,7 +63,7 @@ class IdItems(ItemTower):
         width = config.dim or dim
         self.table = nn.Embedding(num_items + 1, width, padding_idx=0)
         nn.init.normal_(self.table.weight, std=0.02)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.projector: nn.Module = nn.Identity()
         if width != dim:
             self.projector = nn.Linear(width, dim, bias=False)
@@ -121,11 +122,11 @@ class CachedItems(ItemTower):
                 )
             self.adaptor: nn.Module = nn.Identity()
         elif self.config.adaptor is Adaptor.linear:
-            self.adaptor = nn.Sequential(nn.Dropout(self.config.dropout), nn.Linear(width, self.dim))
+            self.adaptor = nn.Sequential(Dropout(self.config.dropout), nn.Linear(width, self.dim))
         else:
             hidden = self.config.hidden_dim
             self.adaptor = nn.Sequential(
-                nn.Linear(width, hidden), nn.GELU(), nn.Dropout(self.config.dropout), nn.Linear(hidden, self.dim)
+                nn.Linear(width, hidden), nn.GELU(), Dropout(self.config.dropout), nn.Linear(hidden, self.dim)
             )
         mean, whitening = fit_transform(vectors, self.config.transform, self.config.whiten_epsilon)
         self.register_buffer("mean", mean)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hllm.compiling import compiled
 from hllm.config import AttentionPath
+from hllm.dropout import dropout as drop
 from hllm.errors import ConfigError
 from hllm.items.varlen import Pack, exact, fused_kernel
 from hllm.users.layout import Layout
@@ -83,7 +84,7 @@ def causal_attention(
     if bias is None:
         bias = q.new_full((length, length), float("-inf")).triu(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    return drop(scores.softmax(-1), dropout) @ v
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from hllm.compiling import compiled
 from hllm.config import HSTUConfig
+from hllm.dropout import Dropout, dropout
 from hllm.users.layout import Layout
 from hllm.users.position import place_vectors
 
@@ -220,7 +221,7 @@ class HSTUBlock(nn.Module):
         """(T, D), for each part of the layout (b, l, l) time buckets or none -> (T, D)."""
         u, vqk = F.silu(self.uvqk(_norm(x))).split([self.sizes[0], sum(self.sizes[1:])], dim=-1)
         gated = u * _norm(layout.by_row(self._attend, vqk, buckets))
-        added: Tensor = self.out(F.dropout(gated, self.dropout, self.training))
+        added: Tensor = self.out(dropout(gated, self.dropout, self.training))
         return x + added
 
     def _attend(self, vqk: Tensor, buckets: Tensor | None) -> Tensor:
@@ -254,7 +255,7 @@ class HSTU(nn.Module):
         self.scale = math.sqrt(config.dim) if config.scale_inputs else 1.0
         self.position = nn.Embedding(max_history, config.dim)
         nn.init.trunc_normal_(self.position.weight, std=math.sqrt(1 / config.dim) if config.scale_inputs else 0.02)
-        self.dropout = nn.Dropout(config.input_dropout)
+        self.dropout = Dropout(config.input_dropout)
         self.blocks = nn.ModuleList(HSTUBlock(config, max_history) for _ in range(config.num_layers))
         self.timed = config.relative_time_bias
 

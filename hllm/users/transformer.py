@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hllm.config import Activation, Norm, TimeBuckets, TransformerConfig
+from hllm.dropout import Dropout, dropout
 from hllm.users.attention import attend
 from hllm.users.layout import Layout
 from hllm.users.position import RelativePositionBias, TimeEmbedding, place_vectors
@@ -80,7 +81,7 @@ class Block(nn.Module):
 
     def _add(self, residual: Tensor, update: Tensor, norm: nn.Module, gate: nn.Module | None) -> Tensor:
         """(T, D) both -> (T, D)."""
-        update = F.dropout(update, self.dropout, self.training)
+        update = dropout(update, self.dropout, self.training)
         if gate is not None:
             update = update * gate(residual).sigmoid()
         x = residual + update
@@ -120,7 +121,7 @@ class UserTransformer(nn.Module):
         )
         self.bias = RelativePositionBias(max_history, config.num_heads) if config.relative_position_bias else None
         self.input_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.input_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.apply(_init_weights)
