@@ -180,7 +180,7 @@ for runs in sys.argv[1].split("|"):
 
 
 def test_two_processes_go_on_within_an_epoch(movielens_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """Their random states part as soon as their batches differ in length."""
+    """Their random states part as soon as their batches differ in their number of events."""
     common = [*FLAGS, "user.num_layers=1", "user.dim=16", "trainer.devices=2", "trainer.accelerator=cpu"]
     common += ["trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "logger=csv"]
     common += ["evaluation.ks=[5,10]", f"cache_dir={tmp_path / 'cache'}"]
@@ -202,8 +202,9 @@ def test_two_processes_go_on_within_an_epoch(movielens_folder: Path, shards: Pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for folder in folders:
-        assert last(folder / "killed")["global_step"] == 8
-        first, second = last(folder / "unbroken")["callbacks"]["RandomState"]["ranks"]
+        killed = last(folder / "killed")
+        assert killed["global_step"] == 8
+        first, second = killed["callbacks"]["RandomState"]["ranks"]
         assert not torch.equal(first["torch"], second["torch"])
         assert_same_end(folder / "again", folder / "unbroken", 8)
 

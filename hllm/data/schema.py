@@ -125,8 +125,10 @@ class Batch:
     supervised: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.places = self.mask.flatten().nonzero().flatten()
-        self.supervised = self.of_events(self.targets).nonzero().flatten()
+        # by numpy, as all else in a loader's worker: torch's kernels are not made to go on behind a fork
+        places = np.flatnonzero(self.mask.cpu().numpy())
+        supervised = np.flatnonzero(self.targets.cpu().numpy().ravel()[places])
+        self.places, self.supervised = (torch.from_numpy(found).to(self.mask.device) for found in (places, supervised))
 
     def of_events(self, values: Tensor) -> Tensor:
         """(B, L) -> (T,) what stands at the events, row after row."""
