@@ -1,15 +1,16 @@
 """Item embedding: ours beside one text at a time, and beside padded batches as libraries make them.
 
     python scripts/bench/embed.py --record
+    python scripts/bench/embed.py --data movielens_1m --items 0 --rounds 0 --record
     python scripts/bench/embed.py --llm tinyllama_1.1b --items 20000 --token-budget 16384        # a GPU
 
-All ways embed the same random item texts of MovieLens-100k's template and the last token's hidden state; loading is not
-counted. ``one by one`` is the light form's original (torch-rechub, preprocess_hllm_data.py): float32, the vocabulary
-head and all hidden states computed, one text a forward pass. ``padded`` is a transformers body on batches of 32 in the
-given order, tokenised in each batch, in our dtype. ``sentence-transformers`` is its encode, where it is installed:
-sorted by length, batches of 32, our dtype. The largest cosine distance to the first way's vectors stands beside each.
-``of peak``: the FLOPs that the texts need, without padding or head, of the last layer what is read, over what the
-device's large products reach in that dtype; ours may pass what is possible without a shared prefix.
+All ways embed the same item texts, to the last token's hidden state; loading is not counted. ``one by one`` is the light
+form's original (torch-rechub, preprocess_hllm_data.py): float32, the vocabulary head and all hidden states computed, one
+text a forward pass. ``padded`` is a transformers body on batches of 32 in the given order, tokenised in each batch, in
+our dtype. ``sentence-transformers`` is its encode, where it is installed: sorted by length, batches of 32, our dtype.
+The largest cosine distance to the first way's vectors stands beside each. ``of peak``: the FLOPs that the texts need,
+without padding or head, of the last layer what is read, over what the device's large products reach in that dtype; ours
+may pass what is possible without a shared prefix.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import Table, finish, forward_flops, in_turns, of_peak, parser
 
+from hllm.build import build_datamodule
 from hllm.config import Dtype, compose
-from hllm.data.movielens import MovieLens100K
 from hllm.items.backbone import Backbone, load_backbone
 from hllm.items.encoder import Encoder
 from hllm.items.files import LLMFiles, locate
@@ -43,7 +44,9 @@ BATCH = 32
 def main() -> None:
     flags = parser(__doc__, rounds=3)
     flags.add_argument("--llm", default="smollm2_135m", help="a decoder of conf/llm (default: %(default)s)")
-    flags.add_argument("--items", type=int, default=200, help="item texts, drawn at random (default: %(default)s)")
+    flags.add_argument("--items", type=int, default=200, help="texts, drawn at random; 0 is all (default: %(default)s)")
+    flags.add_argument("--data", default="movielens_100k", help="whose (default: %(default)s)")
+    flags.add_argument("--dataset-root", help="folder of its raw files, where they are here already")
     flags.add_argument(
         "--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of all but one by one"
     )
@@ -55,12 +58,13 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Table:
-    config = compose([f"llm={args.llm}", f"llm.device={args.device}", f"llm.dtype={args.dtype}"])
+    overrides = [f"dataset={args.data}", f"llm={args.llm}", f"llm.device={args.device}", f"llm.dtype={args.dtype}"]
+    config = compose(overrides + ([f"dataset.root={args.dataset_root}"] if args.dataset_root else []))
     cache_dir = Path(config.cache_dir).expanduser()
-    data = MovieLens100K(config.dataset, cache_dir)
+    data = build_datamodule(config)
     data.setup()
     texts = item_texts(data.catalog, config.dataset.text)
-    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: args.items]
+    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: args.items or None]
     texts = [texts[row] for row in drawn.tolist()]
     files = locate(config.llm, cache_dir)
     backbone = load_backbone(files, config.llm)
@@ -102,7 +106,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Table:
         "of peak": of_peak(seconds, flops, args),
         "cosine distance": distances,
     }
-    title = f"{backbone.name}, {len(texts)} texts of {lengths.mean():.1f} tokens, {str(backbone.dtype)[6:]}"
+    about = f"{len(texts)} texts of {args.data}, {lengths.mean():.1f} tokens each"
+    title = f"{backbone.name}, {about}, {str(backbone.dtype)[6:]}"
     return Table(title, "items", len(texts), seconds, megabytes, cells)
 
 

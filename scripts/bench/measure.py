@@ -112,26 +112,28 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in found)
 
 
+ROUNDS = "turns of each way that are timed, behind one that warms up; 0: that one, of minutes (default: %(default)s)"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
 
 
 def in_turns(ways: Ways, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each round, and MB of each way's first turn, which warms up and is not timed."""
+    """Seconds of each round, and MB of each way's first turn, which only warms up where there are rounds."""
     device, clock = torch.device(args.device), CLOCKS[args.clock]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    megabytes = {}
+
+    def timed(turn: Callable[[], object]) -> float:
+        synchronize(device)
+        started = clock()
+        turn()
+        synchronize(device)
+        return clock() - started
+
+    first, megabytes = {}, {}
     for way, turn in ways.items():
         with peak_memory(device) as memory:
-            turn()
+            first[way] = timed(turn)
         megabytes[way] = memory["step_bytes"] / 1e6
-    for _ in range(args.rounds):
-        for way, turn in ways.items():
-            synchronize(device)
-            started = clock()
-            turn()
-            synchronize(device)
-            seconds[way].append(clock() - started)
-    return seconds, megabytes
+    rounds = [{way: timed(turn) for way, turn in ways.items()} for _ in range(args.rounds)] or [first]
+    return {way: [seconds[way] for seconds in rounds] for way in ways}, megabytes
 
 
 @contextlib.contextmanager
@@ -236,7 +238,7 @@ def parser(description: str | None, rounds: int, **options: Any) -> argparse.Arg
     formatter = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(description=description, formatter_class=formatter, **options)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--rounds", type=int, default=rounds, help="turns of each way (default: %(default)s)")
+    made.add_argument("--rounds", type=int, default=rounds, help=ROUNDS)
     made.add_argument(
         "--clock",
         default="wall",
