@@ -4,13 +4,13 @@
     python scripts/bench/embed.py --data movielens_1m --items 0 --rounds 0 --record
     python scripts/bench/embed.py --llm tinyllama_1.1b --items 20000 --token-budget 16384        # a GPU
 
-All ways embed the same item texts, to the last token's hidden state; loading is not counted. ``one by one`` is the light
-form's original (torch-rechub, preprocess_hllm_data.py): float32, the vocabulary head and all hidden states computed, one
-text a forward pass. ``padded`` is a transformers body on batches of 32 in the given order, tokenised in each batch, in
-our dtype. ``sentence-transformers`` is its encode, where it is installed: sorted by length, batches of 32, our dtype.
-The largest cosine distance to the first way's vectors stands beside each. ``of peak``: the FLOPs that the texts need,
-without padding or head, of the last layer what is read, over what the device's large products reach in that dtype; ours
-may pass what is possible without a shared prefix.
+All ways embed the same item texts, to the last token's hidden state; loading is not counted. ``one by one`` is the
+light form's original (torch-rechub, preprocess_hllm_data.py): float32, the vocabulary head and all hidden states
+computed, one text a forward pass. ``padded`` is a transformers body on batches of 32 in the given order, tokenised in
+each batch, in our dtype. ``sentence-transformers`` is its encode, where it is installed: sorted by length, batches of
+32, our dtype. The largest cosine distance to the first way's vectors stands beside each. ``of peak``: the FLOPs that
+the texts need, without padding or head, of the last layer what is read, over what the device's large products reach in
+that dtype; ours may pass what is possible without a shared prefix.
 """
 
 import argparse
