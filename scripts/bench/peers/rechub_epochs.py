@@ -33,7 +33,7 @@ def epochs(split: Split, windows: bool) -> Epochs:
     timed = loader(rows_of(split, [rows[row] for row in drawn], length), batch_size, shuffle=False)
     trainer.train_one_epoch(timed)  # warms up
     wall, cpu = [], []
-    for _ in range(dials["epochs"] - 1):
+    for _ in range(max(dials["epochs"] - 1, 1)):
         started = time.perf_counter(), time.process_time()
         trainer.train_one_epoch(timed)
         share = len(timed) / math.ceil(len(rows) / batch_size)
