@@ -90,7 +90,7 @@ def main() -> None:
     flags = parser(__doc__, rounds=3)
     flags.add_argument("--data", nargs="+", default=["movielens_100k", "movielens_1m"])
     flags.add_argument("--matches", nargs="+", choices=MATCHES, default=list(MATCHES))
-    flags.add_argument("--epochs", type=int, default=2, help="of a turn, the first of which is timed only if it is alone")
+    flags.add_argument("--epochs", type=int, default=2, help="of a turn; the first is timed only if it is alone")
     flags.add_argument("--steps", type=int, default=8, help="of torch-rechub's epoch (default: %(default)s)")
     flags.add_argument("--environments", type=Path, default=Path("~/.cache/hllm/peers").expanduser())
     flags.add_argument("--dataset-root", help="folder of movielens_1m's files, where they are here already")
