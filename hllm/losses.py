@@ -102,10 +102,10 @@ def softmax_loss(
     """
     with torch.autocast(users.device.type, enabled=False):
         scaled = head.prepare(users.float()) * head.scale()
-        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             scaled, head.prepare(items.float()), labels, chunk_size, products, seen
         )
-    return total / max(len(users), 1)
+    return loss
 
 
 def liger_softmax_loss(
@@ -154,7 +154,7 @@ PRODUCT_ROWS = 2048
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of ``users @ items.T``, whose gradients are computed chunk by chunk in the forward pass.
+    """Mean cross entropy of ``users @ items.T``, whose gradients are computed chunk by chunk in the forward pass.
 
     Scores and probabilities are rounded to ``products``, sums are in float32. The (N, I) scores are never stored or
     computed twice, as autograd or checkpointing would; docs/benchmarks.md has what that brings. The idea is that of
@@ -171,9 +171,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         products: torch.dtype,
         seen: Tensor | None,
     ) -> Tensor:
+        share = 1 / max(len(users), 1)  # of a position in the mean
         users_grad, items_grad = -items[labels], None  # the targets' part, exact whatever the products are in
         if ctx.needs_input_grad[1]:  # a third of the work
-            items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-1)
+            items_grad = torch.zeros_like(items).index_add_(0, labels, users, alpha=-share)
         total, rounded, rounded_items = users.new_zeros(()), users.to(products), items.to(products)
         # every chunk's: memory that is new each time costs a CPU half as much again as the products
         buffer = rounded.new_empty(min(chunk_size, len(users)), len(items))
@@ -190,9 +191,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (behind - chance.amax(dim=1, keepdim=True).float().log()).sum()
             _add_product(users_grad[part], chance, rounded_items)
             if items_grad is not None:
-                _add_product(items_grad, chance.T, chunk)
-        ctx.gradients = users_grad, items_grad
-        return total
+                _add_product(items_grad, chance.T, (users[part] * share).to(products))
+        ctx.gradients = users_grad.mul_(share), items_grad
+        return total.mul_(share)
 
     @staticmethod
     @once_differentiable
@@ -201,8 +202,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("a second backward pass through the exact softmax: compute the loss again")
-        users_grad, items_grad = (None if part is None else part.mul_(grad) for part in gradients)
-        return users_grad, items_grad, None, None, None, None
+        if grad.device.type != "cpu" or grad != 1:  # which would be a pass over the catalogue for nothing
+            gradients = tuple(None if part is None else part.mul_(grad) for part in gradients)
+        return *gradients, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

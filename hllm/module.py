@@ -31,6 +31,7 @@ from hllm.distributed import (
 from hllm.errors import CheckpointError, ConfigError
 from hllm.head import SimilarityHead
 from hllm.items.tower import ItemTower
+from hllm.items.varlen import HALF, product_dtype
 from hllm.losses import Loss
 from hllm.metrics import Coverage, RankingMetrics, target_ranks
 from hllm.tuning import is_trained
@@ -124,19 +125,27 @@ class Recommender(L.LightningModule):
         Both are D + K wide where the head has K neighbours.
         """
         # parts only where lengths are known without waiting for a device, and no other process has as many to make
-        whole = batch.mask.device.type != "cpu" or self.device_mesh is not None
-        layout = Layout.of(batch.mask, batch.places, self.length_groups or (1 if whole else None))
-        x = _lookup(batch.of_events(batch.items), ids, vectors)
+        on_cpu = batch.mask.device.type == "cpu"
+        num_parts = self.length_groups or (None if on_cpu and self.device_mesh is None else 1)
+        # a CPU's products in 16 bits are made for one size each, and those of a thousand sizes are kept: gigabytes
+        few_sizes = on_cpu and product_dtype(vectors.device, vectors.dtype) in HALF
+        layout = Layout.of(batch.mask, batch.places, num_parts, few_sizes)
+
+        def events(values: Tensor) -> Tensor:
+            """(B, L) -> (T,), and 0 at what few sizes add."""
+            return F.pad(batch.of_events(values), (0, len(layout.row) - len(batch.places)))
+
+        x = _lookup(events(batch.items), ids, vectors)
         if self.neighbours is not None:
             x, anchors = x.split([x.shape[-1] - self.head.neighbours, self.head.neighbours], dim=-1)
-        timestamps = batch.of_events(batch.timestamps)
-        target_times = batch.of_events(batch.target_times) if self.target_time else None
+        timestamps = events(batch.timestamps)
+        target_times = events(batch.target_times) if self.target_time else None
         if self.times is not None:
             x = x + self.times(timestamps, layout.previous(timestamps), target_times)
         encoded: Tensor = self.users(x, layout, timestamps, target_times)
-        if self.neighbours is None:
-            return encoded
-        return torch.cat([encoded.float(), layout.by_row(self.neighbours, anchors)], dim=-1)
+        if self.neighbours is not None:
+            encoded = torch.cat([encoded.float(), layout.by_row(self.neighbours, anchors)], dim=-1)
+        return encoded[: len(batch.places)]
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         targets = batch.of_events(batch.targets)[batch.supervised]  # (N,)

@@ -111,6 +111,17 @@ def test_chunks_change_neither_value_nor_gradients(vectors: tuple[Tensor, Tensor
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_a_multiple_of_the_loss_has_a_multiple_of_its_gradients(vectors: tuple[Tensor, Tensor]) -> None:
+    """Of 1 they are handed over as they are."""
+    labels, found = torch.arange(11) % 7, []
+    for factor in (1.0, 2.5):
+        users, items = (part.clone().requires_grad_() for part in vectors)
+        found.append(gradients(factor * softmax_loss(users, items, labels, HEAD, 4), users, items))
+    plain = gradients(F.cross_entropy(HEAD(users, items), labels), users, items)
+    torch.testing.assert_close(found[0], plain)
+    torch.testing.assert_close(found[1], tuple(2.5 * part for part in plain))
+
+
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_nce_equals_its_definition(vectors: tuple[Tensor, Tensor], in_batch: bool) -> None:
     users, items = vectors

@@ -41,22 +41,30 @@ class Layout:
     inverse: Tensor | None
 
     @classmethod
-    def of(cls, mask: Tensor, places: Tensor | None = None, num_parts: int | None = 1) -> Self:
+    def of(cls, mask: Tensor, places: Tensor | None = None, num_parts: int | None = 1, few_sizes: bool = False) -> Self:
         """From a (B, L) mask, true at real events, which come first in their rows.
 
         Args:
             places: (T,) where the mask is true among its B L places; what a device need not wait for, if it is given.
             num_parts: as ``length_groups`` has it; any other number than 1 is for masks on the CPU.
+            few_sizes: T is rounded up by at most a 32nd, with events in rows behind the batch's, so that batches have
+                few different numbers of events.
         """
         num_rows, longest = mask.shape
         if places is None:
             places = mask.flatten().nonzero().flatten()
-        lengths, row, place = mask.sum(1), places // longest, places % longest
+        lengths = mask.sum(1)
+        if few_sizes and (filler := -len(places) % _granularity(len(places))):
+            more = torch.arange(filler, device=mask.device)
+            places = torch.cat([places, mask.numel() + more])
+            lengths = torch.cat([lengths, torch.bincount(more // longest)])
+            num_rows = len(lengths)
+        row, place = places // longest, places % longest
         last = lengths.cumsum(0) - 1  # (B,) the newest event of each row
         parts = [torch.arange(num_rows, device=mask.device)] if num_parts == 1 else []
         parts = parts or length_groups(lengths, longest, num_parts)
         if len(parts) == 1:
-            if len(places) == mask.numel():
+            if len(places) == num_rows * longest:
                 return cls(lengths, longest, row, place, [(num_rows, longest)], None, None)
             ends = [longest]
         else:
@@ -108,6 +116,11 @@ class Layout:
         return values.new_zeros(len(self.lengths), self.longest, *values.shape[1:]).index_put(
             (self.row, self.place), values
         )
+
+
+def _granularity(count: int) -> int:
+    """A power of 2, of which a count holds 32 to 63; of a smaller count 1."""
+    return 1 << max((count // 32).bit_length() - 1, 0)
 
 
 class _Padded(torch.autograd.Function):

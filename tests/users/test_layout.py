@@ -81,6 +81,32 @@ def test_each_event_knows_its_row_its_place_and_what_is_before_it(layout: Layout
     assert layout.borders.tolist() == [0, *LENGTHS.cumsum(0).tolist()]
 
 
+@pytest.mark.parametrize("cut", CUTS)
+def test_few_sizes_put_events_behind_which_the_batchs_do_not_see(cut: int | None) -> None:
+    lengths = torch.randint(1, 8, (90,), generator=torch.Generator().manual_seed(0))
+    lengths[-1] += lengths.sum() % 2 == 0  # an odd number of events, in eights
+    mask = torch.arange(8) < lengths[:, None]
+    plain, filled = (Layout.of(mask, num_parts=cut, few_sizes=few) for few in (False, True))
+    count, filler = len(plain.row), len(filled.row) - len(plain.row)
+    assert len(filled.row) % 8 == 0
+    assert 0 < filler < count / 32
+    assert torch.equal(filled.row[:count], plain.row)
+    assert torch.equal(filled.place[:count], plain.place)
+    assert filled.row[count:].min() == len(mask)
+    values = torch.randn(len(filled.row), 3, dtype=torch.float64, requires_grad=True)
+    found, expected = filled.by_row(sums, values)[:count], plain.by_row(sums, values[:count])
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(out.square().sum(), values)[0] for out in (found, expected)]
+    torch.testing.assert_close(*grads)
+    assert not grads[0][count:].any()
+
+
+def test_a_thousand_batches_have_few_sizes() -> None:
+    sizes = {len(Layout.of(torch.ones(1, n, dtype=torch.bool), few_sizes=True).row) for n in range(2000, 3000)}
+    assert len(sizes) < 30
+    assert max(size for size in sizes) <= 3000 * 33 / 32
+
+
 def test_as_rows_there_are_zeros_at_padding(layout: Layout) -> None:
     values = events()
     rows = layout.rows(values)
